@@ -1,0 +1,384 @@
+"""Every knob of a run: its name, type, bounds, unit and one sentence.
+
+One complete YAML file per run, plus `a.b=c` overrides that go into the tree before it is validated. Unknown, duplicate
+and ill-typed keys are errors that name the line. No torch here, and no file but the YAML itself is opened: derived
+values are computed in `build.py`.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dqtrain.errors import ConfigError
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Block):
+    dir: Path
+    """The run directory: the identity of the run."""
+    seed: int = Field(1, ge=0, lt=2**31)
+    """Seed of everything random: initial weights, data order, dropout, sampled negatives."""
+
+
+class Teacher(Block):
+    path: Path
+    """A Hugging Face causal-LM directory, or a finished unquantized run of dqtrain."""
+
+
+class Student(Block):
+    architecture: dict[str, Any] | None = None
+    """Keys of a Hugging Face model config, `model_type` among them: a new model with random weights (no teacher, no `init_from`)."""
+    init_from: Path | None = None
+    """A Hugging Face directory or a finished run whose weights (and scales) start the student; null: the teacher's weights."""
+
+
+class TrainTokenizer(Block):
+    vocab_size: int = Field(ge=257, le=2**20)
+    """Entries of the byte-level BPE tokenizer that is trained on `data.train`, the 256 bytes and the end of text included."""
+
+
+class Data(Block):
+    train: str | tuple[str, ...]
+    """Corpus files (.txt, .jsonl, any other name is text), or `builtin:python-stdlib`."""
+    validation: str | tuple[str, ...] | None = None
+    """Corpus evaluated every `eval.every_steps`."""
+    test: str | tuple[str, ...] | None = None
+    """Corpus read once, at the end of the run."""
+    text_field: str = "text"
+    """Field of a jsonl line that holds the text."""
+    tokenizer: Path | None = None
+    """A tokenizer directory; null: the one beside the teacher or `student.init_from`."""
+    train_tokenizer: TrainTokenizer | None = None
+    """Train a tokenizer instead, into the run directory."""
+    tokens_per_sample: int = Field(ge=2, le=2**20)
+    """Tokens of one sample; documents are packed across samples."""
+    shards: Path | None = None
+    """Folder of the token shards; null: `shards` in the run directory. Runs may share one."""
+
+
+class Train(Block):
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    global_batch: int = Field(ge=1)
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int = Field(ge=1)
+    """Samples per forward and backward; must divide `global_batch`."""
+    lr: float = Field(gt=0)
+    """Peak learning rate of the weights."""
+    scale_lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of the learned quantization scales."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decay of matrices; norms, biases and scales have none."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    adam_eps: float = Field(1e-8, gt=0)
+    """Added to the root of AdamW's second moment."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after warm-up; linear and cosine end at 0."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision (bf16: autocast); weights, scales, losses and optimizer stay fp32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Train":
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.micro_batch is {self.micro_batch}, but it must divide train.global_batch, {self.global_batch}; "
+                f"set it to {max(d for d in range(1, self.micro_batch + 1) if self.global_batch % d == 0)}"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"train.warmup_steps is {self.warmup_steps}, more than train.steps, {self.steps}; lower it")
+        return self
+
+
+class Zero(Block):
+    student: Literal[1, 2, 3] = 3
+    """ZeRO stage of the student: 1 partitions optimizer states, 2 gradients too, 3 weights too."""
+    teacher: Literal[0, 3] = 3
+    """ZeRO stage of the teacher: 0 keeps it whole on each rank, 3 partitions it."""
+    persistence_threshold: int = Field(0, ge=0)
+    """At stage 3, parameters of up to this many elements stay whole on every rank."""
+
+
+class WeightQuant(Block):
+    bits: Literal[2, 4, 8]
+    """Bits per code. 2 is ternary, 4 has 15 levels, 8 has 255."""
+    granularity: Literal["per_tensor", "per_row"]
+    """What shares one scale: the whole matrix, or each row of outputs (each word, in an embedding)."""
+
+
+class ActivationQuant(Block):
+    bits: Literal[8]
+    """Bits of the dynamic, symmetric, per-token codes at the input of every quantized linear layer."""
+
+
+class Quant(Block):
+    grid: Literal["dynamic"] = "dynamic"
+    """`dynamic`: clip = gamma * mean|w| with gamma learned (QuantGPT, ACL 2022)."""
+    linears: WeightQuant
+    """Linear and Conv1D weights."""
+    embeddings: WeightQuant | None
+    """Word embeddings, and the head when tied to them; null: float."""
+    positions: WeightQuant | None
+    """Position embeddings; null: float."""
+    activations: ActivationQuant | None
+    """Inputs of quantized linear layers; null: float."""
+    scale_dtype: Literal["portable", "fp32"] = "portable"
+    """`portable` snaps every scale to a value that fp32, fp16 and bf16 all hold exactly."""
+    keep_float: tuple[str, ...] = ()
+    """Globs of parameter names that stay float."""
+
+
+class Contrast(Block):
+    weight: float = Field(0.1, ge=0)
+    """Factor of the term; 0: not computed."""
+    temperature: float = Field(0.1, gt=0)
+    """Divides the cosine similarities."""
+    momentum: float = Field(0.5, ge=0, lt=1)
+    """Share of the bank's old value in a token's representation."""
+    negatives: int = Field(32, ge=1)
+    """Other tokens of the sequence that each token is held against."""
+
+
+class Distill(Block):
+    task: float = Field(0.0, ge=0)
+    """Factor of the cross-entropy with the corpus."""
+    logits: float = Field(0.0, ge=0)
+    """Factor of the cross-entropy with the teacher's probabilities."""
+    contrast: Contrast | None = None
+    """Token-level contrast with the teacher's last hidden states; null: not computed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Distill":
+        if not (self.task or self.logits or (self.contrast and self.contrast.weight)):
+            raise ValueError("distill has no term with a weight above 0; set distill.task or distill.logits")
+        return self
+
+
+class Evaluation(Block):
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations on `data.validation`; null: none."""
+    max_samples: int | None = Field(None, ge=1)
+    """At most this many validation samples (the first ones); null: all. The test split is always read whole."""
+
+
+class Checkpoint(Block):
+    every_steps: int = Field(ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = Field(2, ge=1)
+    """Newest complete checkpoints that are kept, besides the best one."""
+
+
+class Export(Block):
+    checkpoint: Literal["last", "best"] = "last"
+    """Which checkpoint is tested and exported: the last, or the one with the lowest validation loss."""
+
+
+class Log(Block):
+    every_steps: int = Field(10, ge=1)
+    """Steps between log lines."""
+
+
+class RunConfig(Block):
+    run: Run
+    teacher: Teacher | None
+    """The model to imitate; null: ordinary training."""
+    student: Student = Student()
+    data: Data
+    train: Train
+    zero: Zero = Zero()
+    quant: Quant | None
+    """How the student is quantized; null: not at all."""
+    distill: Distill
+    eval: Evaluation = Evaluation()
+    checkpoint: Checkpoint
+    export: Export = Export()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        needs_teacher = self.distill.logits > 0 or (self.distill.contrast is not None and self.distill.contrast.weight > 0)
+        if needs_teacher and self.teacher is None:
+            raise ValueError("distill.logits and distill.contrast need a teacher, but teacher is null; set teacher.path, or use distill.task alone")
+        if self.student.architecture is not None and (self.student.init_from or self.teacher):
+            raise ValueError("student.architecture makes a new model, but teacher.path or student.init_from gives one; keep one of them")
+        if self.student.architecture is None and self.student.init_from is None and self.teacher is None:
+            raise ValueError("nothing says what the student is; set teacher.path, student.init_from or student.architecture")
+        if self.student.architecture is not None and "model_type" not in self.student.architecture:
+            raise ValueError("student.architecture has no model_type; add one, such as `model_type: gpt2`")
+        if self.data.tokenizer and self.data.train_tokenizer:
+            raise ValueError("data.tokenizer and data.train_tokenizer are both set; keep one")
+        if self.student.architecture is not None and not (self.data.tokenizer or self.data.train_tokenizer):
+            raise ValueError("a new model has no tokenizer; set data.tokenizer or data.train_tokenizer")
+        if self.eval.every_steps and self.data.validation is None:
+            raise ValueError("eval.every_steps is set, but data.validation is null; name a validation corpus or set eval.every_steps to null")
+        if self.export.checkpoint == "best" and not self.eval.every_steps:
+            raise ValueError("export.checkpoint is best, but eval.every_steps is null; set it, or use export.checkpoint: last")
+        return self
+
+
+PASSIVE = frozenset({"run.dir", "log.every_steps", "checkpoint.every_steps", "checkpoint.keep_last", "eval.every_steps", "eval.max_samples", "data.shards"})
+"""Fields that may change when a run continues: they move no number of the training."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with duplicate keys refused, and `3e-5` read as a float as YAML 1.2 does."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.lines: dict[tuple[str, ...], int] = {}
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+# YAML 1.1 reads `1_000`, `0x10` and `1:30` as integers; only plain decimal ones are taken here.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:int"] for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
+for _first in "-+0123456789":
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$")))
+
+
+def _construct(loader: _Loader, node: yaml.Node, path: tuple[str, ...], name: str) -> Any:
+    loader.lines[path] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        tree: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node, deep=True))
+            if key in tree:
+                raise ConfigError(f"{name}:{key_node.start_mark.line + 1}: {'.'.join((*path, key))}: given twice. Keep one of the two lines.")
+            tree[key] = _construct(loader, value_node, (*path, key), name)
+            loader.lines[(*path, key)] = key_node.start_mark.line + 1
+        return tree
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, item, (*path, str(i)), name) for i, item in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)
+
+
+def _read_yaml(text: str, name: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        tree = {} if node is None else _construct(loader, node, (), name)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {getattr(error, 'problem', error)}. Mend the line.") from None
+    finally:
+        loader.dispose()
+    return tree, loader.lines
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[tuple[str, ...]]:
+    """Put `a.b=c` pairs into the tree; the values are YAML. Returns the paths that were set."""
+    paths = set()
+    for pair in overrides:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override `{pair}` is not of the form a.b=value, such as train.steps=100.")
+        path = tuple(key.split("."))
+        node = tree
+        for part in path[:-1]:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        node[path[-1]] = _read_yaml(text, f"override {key}")[0] if text else ""
+        paths.add(path)
+    return paths
+
+
+def _fields_at(path: tuple[str, ...]) -> list[str]:
+    """Names of the fields of the block at a path, for hints."""
+    model: Any = RunConfig
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        args = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((a for a in args if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, name: str, lines: dict[tuple[str, ...], int], overridden: set[tuple[str, ...]]) -> str:
+    messages = []
+    for problem in error.errors(include_url=False):
+        path = tuple(str(part) for part in problem["loc"])
+        while path and path not in lines and not any(o[: len(path)] == path for o in overridden) and problem["type"] != "missing":
+            path = path[:-1]  # a union adds the name of its branch to the path
+        dotted = ".".join(path)
+        line = lines.get(path) or next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 1)
+        where = "command line" if any(path[: len(o)] == o for o in overridden) else f"{name}:{line}"
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(path[:-1])
+            nearest = difflib.get_close_matches(path[-1], known, 1, 0.5)
+            text = "unknown key. " + (f"Did you mean `{nearest[0]}`?" if nearest else f"Known keys here: {', '.join(known)}.")
+        elif problem["type"] == "missing":
+            text = "missing. Add it."
+        elif problem["type"] == "value_error":
+            text = str(problem["ctx"]["error"]) + "."
+        else:
+            text = f"is {json.dumps(problem['input'], default=str)}, but {problem['msg'][0].lower() + problem['msg'][1:]}."
+        message = f"{where}: {dotted}: {text}" if dotted else f"{where}: {text}"
+        if message not in messages:
+            messages.append(message)
+    return "\n".join(messages)
+
+
+def validate(tree: dict[str, Any], name: str, lines: dict[tuple[str, ...], int] | None = None, overridden: set[tuple[str, ...]] | None = None) -> RunConfig:
+    """Tree of plain values -> RunConfig. Raises ConfigError that names file, line and key."""
+    try:
+        # Strict JSON mode takes str for Path and list for tuple, and refuses "3e-5", true and 1.0 for numbers and ints.
+        return RunConfig.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, name, lines or {}, overridden or set())) from None
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read one YAML file and `a.b=c` overrides. Raises ConfigError that names file, line and key."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}). Give the path of a YAML config, such as configs/causal.yaml.") from None
+    tree, lines = _read_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}:1: holds {type(tree).__name__}, but a config is a mapping of blocks such as `run:` and `train:`.")
+    overridden = _apply_overrides(tree, overrides)
+    return validate(tree, str(path), lines, overridden)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Leaves that differ, dotted name -> (old, new)."""
+
+    def leaves(value: Any, path: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {path: value}
+        return {k: v for key, item in value.items() for k, v in leaves(item, f"{path}.{key}" if path else key).items()}
+
+    a, b = (leaves(json.loads(c.model_dump_json()), "") for c in (old, new))
+    return {key: (a.get(key), b.get(key)) for key in [*a, *(k for k in b if k not in a)] if a.get(key) != b.get(key)}
+
+
+def schema() -> str:
+    """JSON schema of a config file, for editors."""
+    return json.dumps(RunConfig.model_json_schema(), indent=1) + "\n"
