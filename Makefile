@@ -1,0 +1,42 @@
+# make quickstart   install, then train a small teacher and compress it (10 minutes)
+# make test         install, then lint, import rules, types and the fast tests
+# make check        make test, then the long tests; what CI runs
+#
+# Another torch build:  make quickstart TORCH="--index-url URL_OF_THAT_BUILD torch==2.13.0"
+# Another Python:       make quickstart PYTHON=python3.12
+.SILENT:
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check soak
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+STAMP := .venv/installed
+
+help:
+	sed -n 's/^# \{0,1\}//p' Makefile
+
+install: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	command -v git >/dev/null || { echo "git is missing; install it with: apt-get install git (Debian) or dnf install git (Fedora)"; exit 1; }
+	command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing; install it with: apt-get install python3 python3-venv"; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; install one with: apt-get install python3.11 python3.11-venv, then: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "the venv module is missing; install it with: apt-get install python3-venv"; exit 1; }
+	test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	echo "installing the pinned versions of constraints.txt into .venv (a minute; several with a CUDA torch)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/dqtrain quickstart
+
+test: $(STAMP)
+	echo "ruff";          $(BIN)/ruff check && $(BIN)/ruff format --check
+	echo "import-linter"; $(BIN)/lint-imports --no-logo >/dev/null || $(BIN)/lint-imports
+	echo "mypy";          $(BIN)/mypy --no-error-summary
+	echo "pytest";        $(BIN)/pytest -m "not slow"
+
+check: test
+	echo "pytest, the long ones"; $(BIN)/pytest -m slow

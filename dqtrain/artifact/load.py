@@ -1,0 +1,69 @@
+"""An artifact, or any model directory or run, as a transformers model that computes what was trained."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from dqtrain import checkpoint
+from dqtrain.artifact.format import read_description, read_weights
+from dqtrain.data.prepare import load_tokenizer
+from dqtrain.errors import CheckpointError
+from dqtrain.models import empty_model, load_model
+from dqtrain.quant.modules import quantize_inputs, quantize_model
+from dqtrain.rundir import RunDir
+
+
+def load_artifact(path: Path | str) -> PreTrainedModel:
+    """The model of a packed artifact, in eval mode: its weights are the values of its codes, its activations are quantized as in training.
+
+    Raises CheckpointError for a damaged artifact, ConfigError for a folder that holds none.
+    """
+    folder = Path(path)
+    about = read_description(folder)
+    model = empty_model(folder)
+    stored = read_weights(folder, about)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in stored:
+                raise CheckpointError(f"{folder}: has no tensor {name}, which {type(model).__name__} needs. Export the run again.")
+            if stored[name].shape != parameter.shape:
+                raise CheckpointError(f"{folder}: {name} has shape {tuple(stored[name].shape)}, the model's is {tuple(parameter.shape)}. Export the run again.")
+            parameter.copy_(stored[name])
+    if about["activation_bits"] is not None:
+        quantize_inputs(model, set(about["packed"]), about["activation_bits"])
+    return model.eval()
+
+
+def chosen_checkpoint(run: RunDir) -> Path:
+    """The checkpoint that a finished run tested and exported. Raises CheckpointError for an unfinished run."""
+    return checkpoint.at_step(run.checkpoints, run.load_result()["step"])
+
+
+def trained_model(run: RunDir, folder: Path) -> PreTrainedModel:
+    """The student of a run with the weights and scales of one of its checkpoints, fake-quantized as in training, in eval mode."""
+    quant = run.load_config().quant
+    model = empty_model(run.student)
+    if quant is not None:
+        quantize_model(model, quant, initialise=False)
+    left_over = checkpoint.fill(model, folder)
+    if left_over:
+        raise CheckpointError(f"{folder}: holds {', '.join(sorted(left_over)[:3])}, which the student of {run.config} does not have. Restore that file.")
+    return model.eval()
+
+
+def load_any(path: Path) -> PreTrainedModel:
+    """A finished run's chosen checkpoint, a packed artifact, or a Hugging Face directory: whichever the folder is."""
+    run = RunDir(path)
+    if run.config.is_file():
+        return trained_model(run, chosen_checkpoint(run))
+    return load_artifact(path) if (path / "artifact.json").is_file() else load_model(path)
+
+
+def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> str:
+    """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model."""
+    tokenizer = load_tokenizer(path)
+    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]])
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(out[0], skip_special_tokens=True)

@@ -1,0 +1,148 @@
+"""RunConfig -> objects: the one place where a knob becomes an argument."""
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dqtrain import checkpoint
+from dqtrain.artifact.load import chosen_checkpoint
+from dqtrain.config import RunConfig
+from dqtrain.data.prepare import load_tokenizer, prepare, read_index, train_tokenizer
+from dqtrain.data.stream import IGNORED, Stream
+from dqtrain.distill.objective import Objective
+from dqtrain.engine import StudentEngine, TeacherEngine
+from dqtrain.errors import ConfigError
+from dqtrain.metrics import Metrics
+from dqtrain.models import LanguageModel, check_length, check_vocabulary, empty_model, load_model, new_model
+from dqtrain.files import write_text
+from dqtrain.quant.modules import Coverage, quantize_model
+from dqtrain.rundir import RunDir, model_directory
+from dqtrain.trainer import Trainer
+from dqtrain.world import World, broadcast_object
+
+
+def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
+    """Make everything a run needs, from its config alone. Collective: rank 0 prepares the data while the others wait."""
+    count = config.train.global_batch // config.train.micro_batch
+    if count < world.world_size:
+        raise ConfigError(
+            f"a step has {count} micro-batches (train.global_batch {config.train.global_batch} / train.micro_batch {config.train.micro_batch}), which "
+            f"{world.world_size} ranks cannot share; lower train.micro_batch to {max(1, config.train.global_batch // world.world_size)} or start {count} ranks."
+        )
+    metrics = Metrics(run, world, config.train.steps)
+    tokenizer = tokenizer_directory(config, run)
+    shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
+    streams = {
+        split: Stream(folder, config.data.tokens_per_sample, config.run.seed, shuffle=split == "train") for split, folder in shards.items()
+    }
+
+    loaded = load_tokenizer(tokenizer)
+    student, coverage = student_model(config, len(loaded), loaded.eos_token_id)
+    name = str(config.student.init_from or (config.teacher.path if config.teacher else "student.architecture"))
+    check_length(student.config, config.data.tokens_per_sample, name)
+    check_vocabulary(student.config, streams["train"].vocab_size, name, tokenizer)
+    objective = Objective(LanguageModel(student, config.train.precision), config.distill)
+    teacher = None
+    if config.teacher is not None and objective.needs_teacher:
+        model = load_model(model_directory(config.teacher.path))
+        check_length(model.config, config.data.tokens_per_sample, str(config.teacher.path))
+        if (model.config.vocab_size, model.config.hidden_size) != (student.config.vocab_size, student.config.hidden_size):
+            raise ConfigError(
+                f"teacher.path has vocabulary {model.config.vocab_size} and width {model.config.hidden_size}, but student.init_from has "
+                f"{student.config.vocab_size} and {student.config.hidden_size}; distillation compares them entry by entry, so give models of equal sizes."
+            )
+        teacher = TeacherEngine(LanguageModel(model, config.train.precision), config.train, config.zero, world)
+    if world.rank == 0:
+        student.config.save_pretrained(run.student)
+        if student.generation_config is not None:
+            student.generation_config.save_pretrained(run.student)
+        loaded.save_pretrained(run.student)
+        if coverage is not None:
+            write_text(run.coverage, coverage.to_json())
+            metrics.say(coverage.table())
+    engine = StudentEngine(objective, config.train, config.zero, world)
+    return Trainer(config, run, world, engine, teacher, streams["train"], streams.get("validation"), streams.get("test"), metrics)
+
+
+def tokenizer_directory(config: RunConfig, run: RunDir) -> Path:
+    """Where the run's tokenizer is, or will be when it is trained."""
+    if config.data.train_tokenizer is not None:
+        return run.tokenizer
+    if config.data.tokenizer is not None:
+        return config.data.tokenizer
+    source = config.student.init_from or (config.teacher.path if config.teacher else None)
+    assert source is not None, "config.py asks for a tokenizer where there is no model to take it from"
+    return model_directory(source)
+
+
+def prepare_data(config: RunConfig, run: RunDir, say: Callable[[str], None]) -> dict[str, Path]:
+    """Tokenizer and token shards of every split, made unless they are there; split -> folder."""
+    tokenizer = tokenizer_directory(config, run)
+    if config.data.train_tokenizer is not None:
+        train_tokenizer(config.data.train, config.data.text_field, config.data.train_tokenizer.vocab_size, tokenizer, progress=say)
+    sources = {"train": config.data.train, "validation": config.data.validation, "test": config.data.test}
+    root = config.data.shards or run.path / "shards"
+    return {
+        split: prepare(source, split, tokenizer, root, config.data.text_field, progress=say) for split, source in sources.items() if source is not None
+    }
+
+
+def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tuple[PreTrainedModel, Coverage | None]:
+    """The student's model, quantized if the config says so, and its Coverage (None if it does not)."""
+    source = config.student.init_from
+    gammas: dict[str, Tensor] = {}
+    if config.student.architecture is not None:
+        model = new_model(config.student.architecture, vocab_size, eos_token_id, config.run.seed)
+    elif source is not None and RunDir(source).config.is_file():
+        model = empty_model(RunDir(source).student)
+        gammas = checkpoint.fill(model, chosen_checkpoint(RunDir(source)))
+    else:
+        assert source is not None or config.teacher is not None, "config.py asks for one of them"
+        model = load_model(model_directory(source or config.teacher.path))  # type: ignore[union-attr]
+    if config.quant is None:
+        return model, None
+    coverage = quantize_model(model, config.quant)
+    if gammas:
+        assert source is not None
+        before = {row.name: row for row in Coverage.from_json(RunDir(source).coverage.read_text()).rows}
+        parameters = dict(model.named_parameters())
+        for row in coverage.rows:
+            # The scales of another grid would mean something else here, so those start anew.
+            if row.gamma_name in gammas and before[row.name] == row:
+                parameters[row.gamma_name].data.copy_(gammas[row.gamma_name])
+    return model, coverage
+
+
+def unigram_entropy(stream: Stream) -> float:
+    """Entropy of the labels of a split, in nats per token: the loss of the best model that sees no context."""
+    counts = np.zeros(stream.vocab_size, dtype=np.int64)
+    for index in range(stream.num_samples):
+        labels = stream.sample(index)[1]
+        np.add.at(counts, labels[labels != IGNORED], 1)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def evaluation_stream(path: Path, model: PreTrainedModel, split: str, data: Sequence[str] | None, tokens_per_sample: int | None) -> Stream:
+    """The samples that `dqtrain eval` reads: a split of the run that `path` names, or corpus files with the tokenizer beside the model."""
+    run = RunDir(path)
+    if run.config.is_file():
+        config = run.load_config()
+        source, tokenizer, root = getattr(config.data, split), tokenizer_directory(config, run), config.data.shards or run.path / "shards"
+        length, text_field = config.data.tokens_per_sample, config.data.text_field
+    else:
+        source, tokenizer, root = None, path, Path(tempfile.gettempdir()) / f"dqtrain-shards-{os.getuid()}"
+        length, text_field = min(1024, getattr(model.config, "max_position_embeddings", 1024)), "text"
+    if data:
+        source = tuple(data)
+    if source is None:
+        raise ConfigError(f"{path}: nothing says what to evaluate on; give --data FILE, or a run whose config has data.{split}.")
+    folder = prepare(source, split, tokenizer, root, text_field)
+    check_vocabulary(model.config, read_index(folder)["vocab_size"], str(path), tokenizer)
+    check_length(model.config, tokens_per_sample or length, str(path))
+    return Stream(folder, tokens_per_sample or length, seed=0, shuffle=False)

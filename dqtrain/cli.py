@@ -1,0 +1,182 @@
+"""The command line. torch is imported after parsing, so that --help takes well under a second."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dqtrain.config import RunConfig, load_config
+from dqtrain.errors import ConfigError, UserError
+from dqtrain.rundir import RunDir, model_directory
+from launch.local import run_ranks
+
+DESCRIPTION = "Make a generative language model small: joint distillation and quantization-aware training."
+
+EXAMPLES = """examples:
+  dqtrain quickstart                                     the whole of it on text that this machine already has
+  dqtrain train configs/causal.yaml teacher.path=DIR data.train=FILE.jsonl run.dir=runs/mine --ranks 2
+  dqtrain resume runs/mine                               continue after Ctrl-C, a kill or a full disk
+  dqtrain eval runs/mine --split validation
+  dqtrain generate runs/mine/artifact/packed "Once upon a time"
+
+exit codes: 0 done; 2 config, 3 data, 4 checkpoint or artifact, 5 numerics: mend it first; 75 saved and stopped: start it again
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("dqtrain", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help + ".", epilog=f"example:\n  {example}", formatter_class=raw)
+
+    train = command("train", "train from a config, or continue the run it names", "dqtrain train configs/causal.yaml teacher.path=DIR data.train=a.jsonl --ranks 2")
+    train.add_argument("config", type=Path, help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    train.add_argument("--ranks", type=int, help="processes to start here (default 1); under srun or torchrun each process is one rank already")
+    resume = command("resume", "continue a run the way it was started", "dqtrain resume runs/mine")
+    resume.add_argument("run", type=Path, help="run directory")
+    resume.add_argument("--ranks", type=int, help="another number of processes")
+    prepare = command("prepare", "make the tokenizer and the token shards of a config (train does it too)", "dqtrain prepare configs/quickstart-teacher.yaml")
+    prepare.add_argument("config", type=Path, help="YAML file")
+    prepare.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    evaluate = command("eval", "loss and perplexity of a run, a model directory or an artifact", "dqtrain eval MODEL --data test.jsonl")
+    evaluate.add_argument("model", type=Path, help="run directory, Hugging Face directory or packed artifact")
+    evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation", help="split of the run's data (default validation)")
+    evaluate.add_argument("--data", nargs="+", help="corpus files, or builtin:python-stdlib; needed when MODEL is not a run")
+    evaluate.add_argument("--tokens-per-sample", type=int, help="tokens per sample (default: the run's, or the model's longest up to 1024)")
+    export = command("export", "write and verify the artifact of a finished run again", "dqtrain export runs/mine")
+    export.add_argument("run", type=Path, help="run directory")
+    generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
+    generate.add_argument("model", type=Path, help="packed artifact or Hugging Face directory")
+    generate.add_argument("prompt")
+    generate.add_argument("--tokens", type=int, default=40, help="new tokens (default 40)")
+    quickstart = command("quickstart", "train a small teacher on the Python standard library and compress it to 2-2-8", "dqtrain quickstart --ablate")
+    quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
+    quickstart.add_argument("--seed", type=int, default=1, help="seed of both runs (default 1); another seed uses another pair of run directories")
+    return parser
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Refuse what a look at the file system shows, before torch is imported and ranks are started."""
+    for path in (config.teacher.path if config.teacher else None, config.student.init_from):
+        if path is not None:
+            folder = model_directory(path)
+            if not (folder / "config.json").is_file():
+                raise ConfigError(f"{folder}: no config.json there. Give a Hugging Face model directory, or a finished unquantized run.")
+    for source in (config.data.train, config.data.validation, config.data.test):
+        for name in (source,) if isinstance(source, str) else source or ():
+            if not name.startswith("builtin:") and not Path(name).is_file():
+                raise ConfigError(f"data: {name} is not a file. Give corpus files (.txt, .jsonl) or builtin:python-stdlib.")
+
+
+def train(config: RunConfig, ranks: int | None = None) -> int:
+    """Start or continue a run with `ranks` processes on this machine; its exit code."""
+    ranks = ranks or 1
+    if ranks < 1:
+        raise ConfigError(f"--ranks is {ranks}; give 1 or more.")
+    _check_paths(config)
+    run = RunDir(config.run.dir)
+    run.acquire()  # rank 0 will own the run; a live owner is refused here, before anything starts
+    try:
+        run.claim(config)
+    finally:
+        run.release()
+    code = run_ranks([sys.executable, "-m", "dqtrain", "train", str(run.config), "--ranks", str(ranks)], ranks, run)
+    if code != 0:
+        print(f"dqtrain: exit {code}. The log of other ranks is in {run.path}/rank-*.log; `dqtrain resume {run.path}` continues.", file=sys.stderr)
+    return code
+
+
+def resume(path: Path, ranks: int | None = None) -> int:
+    """Continue an unfinished run with as many ranks as it was last started with."""
+    run = RunDir(path)
+    config = run.load_config()
+    started = [event["ranks"] for event in run.read_events() if event["event"] in ("start", "resume")]
+    return train(config.model_copy(update={"run": config.run.model_copy(update={"dir": path})}), ranks or (started[-1] if started else 1))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest  # argparse does not take positionals that follow an option
+    if args.command == "train":
+        config = load_config(args.config, args.overrides)
+        if "RANK" in os.environ:
+            from dqtrain.rank import run_rank
+
+            return run_rank(config)
+        return train(config, args.ranks)
+    if args.command == "resume":
+        return resume(args.run, args.ranks)
+    if args.command == "prepare":
+        from dqtrain.build import prepare_data
+
+        config = load_config(args.config, args.overrides)
+        _check_paths(config)
+        run = RunDir(config.run.dir)
+        run.claim(config)
+        for split, folder in prepare_data(config, run, lambda message: print(message, flush=True)).items():
+            print(f"{split}: {folder}")
+        return 0
+    if args.command == "quickstart":
+        from dqtrain.quickstart import quickstart
+
+        return quickstart(train, args.seed, args.ablate)
+    if args.command == "eval":
+        return _evaluate(args.model, args.split, args.data, args.tokens_per_sample)
+    if args.command == "export":
+        from dqtrain.artifact.export import export
+        from dqtrain.artifact.load import chosen_checkpoint
+
+        run = RunDir(args.run)
+        result = export(run, chosen_checkpoint(run))
+        print(json.dumps(result, indent=1))
+        return 0
+    return _generate(args.model, args.prompt, args.tokens)
+
+
+def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sample: int | None) -> int:
+    """Score a run's chosen checkpoint, a model directory or an artifact; prints one JSON object."""
+    from dqtrain.build import evaluation_stream
+    from dqtrain.artifact.load import load_any
+    from dqtrain.evaluate import evaluate
+    from dqtrain.models import LanguageModel
+    from dqtrain.world import init_world
+
+    model = load_any(path)
+    stream = evaluation_stream(path, model, split, data, tokens_per_sample)
+    print(json.dumps(evaluate(LanguageModel(model), stream, 8, init_world()).as_dict()))
+    return 0
+
+
+def _generate(path: Path, prompt: str, tokens: int) -> int:
+    """Print the prompt and its greedy continuation."""
+    from dqtrain.artifact.load import complete, load_any
+
+    print(complete(load_any(path), path, prompt, tokens))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. A user's mistake is one message, never a traceback."""
+    try:
+        return _main(argv)
+    except UserError as error:
+        print(f"dqtrain: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("dqtrain: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

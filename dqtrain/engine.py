@@ -1,0 +1,230 @@
+"""Two DeepSpeed engines, student and teacher; the only file that imports deepspeed.
+
+Users never write DeepSpeed's JSON: it ignores what it does not know. Here typed values become its config, every silent
+default is written out, and after the start the engine's own report is compared with what was asked. All private names
+of DeepSpeed 0.19 that dqtrain relies on are in this file and listed in `PRIVATE_NAMES`.
+"""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dqtrain.config import Train, Zero
+from dqtrain.errors import ConfigError
+from dqtrain.world import World
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+
+# Empty, so that no op is probed or built: without it DeepSpeed asks for a compiler and ninja to build one that training never uses.
+deepspeed.ops.__compatible_ops__ = {}
+
+PRIVATE_NAMES = {
+    3: ("grad_position", "get_param_id", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "fp16_partitioned_groups", "unflatten"),
+    2: ("single_partition_of_fp32_groups", "_link_all_hp_params", "update_lp_params"),
+    1: ("single_partition_of_fp32_groups", "_link_all_hp_params", "update_lp_params"),
+}
+"""ZeRO stage -> attributes of DeepSpeed's optimizer that fragments are read through."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def start(world: World, timeout_s: int = 1800) -> None:
+    """Join the process group: nccl on GPUs, gloo on CPUs. Raises ConfigError when the ranks cannot meet."""
+    timeout = timedelta(seconds=timeout_s)
+    # DeepSpeed trains on a group of its own that it creates without a time-out: a frozen peer would hang the run for 30 minutes whatever is asked.
+    backend = sys.modules["deepspeed.comm.torch"].TorchBackend
+    backend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=timeout)
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False, timeout=timeout)
+    if torch.distributed.get_world_size() != world.world_size:
+        raise ConfigError(f"WORLD_SIZE is {world.world_size}, but {torch.distributed.get_world_size()} ranks met; start every rank with the same environment.")
+
+
+def _deepspeed_config(stage: int, train: Train, zero: Zero) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # the trainer calls step() when the step's micro-batches are done
+        "gradient_clipping": train.grad_clip,  # left out, it would be 1.0
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": zero.persistence_threshold, "overlap_comm": False},
+    }
+
+
+def _assert_started_as_asked(engine: Any, asked: dict[str, Any], name: str) -> None:
+    """Compare the engine's own report with the request: DeepSpeed accepts misspelt and contradictory settings without a word."""
+    report = {
+        "zero_optimization.stage": (engine.zero_optimization_stage(), asked["zero_optimization"]["stage"]),
+        "gradient_clipping": (engine.gradient_clipping(), asked["gradient_clipping"]),
+        "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), 1),
+        "train_micro_batch_size_per_gpu": (engine.train_micro_batch_size_per_gpu(), asked["train_micro_batch_size_per_gpu"]),
+    }
+    if asked["zero_optimization"]["stage"] == 3:
+        threshold = asked["zero_optimization"]["stage3_param_persistence_threshold"]
+        report["stage3_param_persistence_threshold"] = (engine.zero_param_persistence_threshold(), threshold)
+    wrong = [f"{key} is {found}, asked {wanted}" for key, (found, wanted) in report.items() if found != wanted]
+    if wrong:
+        raise ConfigError(f"the {name}'s DeepSpeed engine did not start as asked: {'; '.join(wrong)}. Use the DeepSpeed version of constraints.txt.")
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters inside the block, on every rank, read-only; a no-op for those that are not partitioned. Collective."""
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
+        yield
+
+
+class TeacherEngine:
+    """A frozen model without optimizer, whole or gathered layer by layer under ZeRO-3."""
+
+    def __init__(self, module: nn.Module, train: Train, zero: Zero, world: World) -> None:
+        module.requires_grad_(False).eval()
+        if zero.teacher == 0:
+            self._forward: Any = module.to(world.device)
+            return
+        asked = _deepspeed_config(zero.teacher, train, zero)
+        self._forward, *_ = deepspeed.initialize(model=module, config=asked)
+        _assert_started_as_asked(self._forward, asked, "teacher")
+        self._forward.eval()
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the module without gradient. Collective under ZeRO-3."""
+        return self._forward(*inputs)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A rank's piece of one trained parameter, as views into the optimizer's flat buffers."""
+
+    name: str
+    start: int  # first element, in the flattened parameter
+    numel: int
+    total: int  # elements of the whole parameter
+    shape: tuple[int, ...]
+    tensors: dict[str, Tensor]  # "fp32" and the optimizer's moments, each [numel]
+
+
+class StudentEngine:
+    """The trained module under ZeRO 1, 2 or 3 with AdamW: fp32 weights, moments and scales."""
+
+    def __init__(self, module: nn.Module, train: Train, zero: Zero, world: World) -> None:
+        self.module, self.stage = module, zero.student
+        self._train = train
+        self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        self._groups = _parameter_groups(module, train)
+        optimizer = torch.optim.AdamW(self._groups, betas=train.adam_betas, eps=train.adam_eps)
+        asked = _deepspeed_config(zero.student, train, zero)
+        module.to(world.device)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=asked)
+        _assert_started_as_asked(self._engine, asked, "student")
+        self._optimizer = self._engine.optimizer
+        missing = [name for name in PRIVATE_NAMES[self.stage] if not hasattr(self._optimizer, name)]
+        if missing:
+            raise ConfigError(f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which checkpoints are read through; install the version in constraints.txt.")
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the module. Collective under ZeRO-3."""
+        return self._engine(*inputs)
+
+    def outputs(self, *inputs: Tensor) -> Any:
+        """What the student says, without its loss. Collective under ZeRO-3."""
+        return self.module.student(*inputs)
+
+    def mode(self, training: bool) -> None:
+        """Dropout and the like on or off."""
+        self._engine.train(training)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients; over ranks they are *averaged*, so the caller multiplies its share of the loss by the world size. Collective."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, factor: float) -> float:
+        """Clip, update with learning rates `factor` x peak, clear gradients; the global gradient norm before clipping. Collective."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def learning_rates(self) -> dict[str, float]:
+        """Current learning rate of each parameter group."""
+        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The pieces of trained parameters that this rank owns. No collective."""
+        optimizer, rank, base = self._optimizer, torch.distributed.get_rank(), self._optimizer.optimizer
+        for parameter, name in self._engine.param_names.items():
+            if self.stage == 3:
+                group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                flat, total = optimizer.fp32_partitioned_groups_flat[group], parameter.ds_numel
+                # A partition is padded at the end, and a persistent parameter's too; only real elements are ours to keep.
+                start = rank * numel
+                numel = max(0, min(numel, total - start))
+            else:
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue
+                flat, total = optimizer.single_partition_of_fp32_groups[mapping.param_group_index], parameter.numel()
+                start, numel, offset = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, mapping.hp_fragment_address.start
+            if numel > 0:
+                moments = {key: value for key, value in base.state.get(flat, {}).items() if torch.is_tensor(value) and value.shape == flat.shape}
+                tensors = {key: value.detach().narrow(0, offset, numel) for key, value in {"fp32": flat, **moments}.items()}
+                yield Fragment(name, start, numel, total, self._shapes[name], tensors)
+
+    def optimizer_step_count(self) -> int:
+        """Updates that the optimizer has made: the exponent of AdamW's bias correction."""
+        return max((int(state["step"]) for state in self._optimizer.optimizer.state.values() if "step" in state), default=0)
+
+    def prepare_moments(self, step_count: int) -> None:
+        """Give every flat buffer moments and a step count of its own, padding-only ones too, so that fragments can be written into."""
+        state = self._optimizer.optimizer.state
+        flats = self._optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self._optimizer.single_partition_of_fp32_groups
+        for flat in flats:
+            state[flat] = {"step": torch.tensor(float(step_count)), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the fp32 fragments into the weights that forward uses, after they were written from outside. Collective."""
+        optimizer = self._optimizer
+        if self.stage != 3:
+            optimizer._link_all_hp_params()
+            optimizer.update_lp_params()
+            return
+        optimizer.checkpoint_event_prologue()
+        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            low = optimizer.fp16_partitioned_groups_flat[index]
+            low.data.copy_(flat.data)
+            for part, view in zip(optimizer.fp16_partitioned_groups[index], optimizer.unflatten(low, optimizer.fp16_partitioned_groups[index]), strict=True):
+                part.data = view.data
+        optimizer.checkpoint_event_epilogue()
+
+    def destroy(self) -> None:
+        """Drop the engine's hooks and buffers."""
+        self._engine.destroy()
+
+
+def _parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
+    """Matrices (decayed), vectors (not), learned scales (own learning rate, not decayed); empty groups left out."""
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "vectors": [], "scales": []}
+    for name, parameter in module.named_parameters():
+        kind = "scales" if name.endswith("weight_gamma") else "weights" if parameter.ndim >= 2 else "vectors"
+        groups[kind].append(parameter)
+    lrs = {"weights": train.lr, "vectors": train.lr, "scales": train.scale_lr}
+    decays = {"weights": train.weight_decay, "vectors": 0.0, "scales": 0.0}
+    return [
+        {"params": params, "name": kind, "lr": lrs[kind], "peak_lr": lrs[kind], "weight_decay": decays[kind]} for kind, params in groups.items() if params
+    ]

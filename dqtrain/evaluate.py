@@ -1,0 +1,71 @@
+"""Loss, perplexity and agreement with the teacher on a split, shared out over the ranks."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dqtrain.data.stream import IGNORED, Stream
+from dqtrain.distill.terms import task
+from dqtrain.models import Outputs
+from dqtrain.world import World, gather_objects
+
+Forward = Callable[[Tensor, Tensor], Outputs]
+"""(ids, is_target), both [samples, tokens] -> Outputs."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over the target tokens of a split."""
+
+    loss: float  # nats per target token
+    perplexity: float  # exp(loss)
+    num_tokens: int
+    teacher_loss: float | None = None
+    agreement: float | None = None  # share of target tokens where student and teacher rank the same word first
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields that were measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@torch.no_grad()
+def evaluate(
+    student: Forward,
+    stream: Stream,
+    micro_batch: int,
+    world: World,
+    teacher: Forward | None = None,
+    max_samples: int | None = None,
+) -> Scores:
+    """Score a model on the first `max_samples` of a split that is not shuffled. Collective.
+
+    Every rank makes the same number of forwards, as ZeRO-3 needs: a rank without samples left passes one without targets.
+    """
+    num_samples = min(stream.num_samples, max_samples or stream.num_samples)
+    rounds = math.ceil(num_samples / (micro_batch * world.world_size))
+    sums = np.zeros(4)  # nats, tokens, teacher's nats, agreeing tokens
+    for index in range(rounds):
+        first = (index * world.world_size + world.rank) * micro_batch
+        batch = stream.batch(np.arange(first, min(first + micro_batch, num_samples)) if first < num_samples else np.zeros(1, dtype=np.int64))
+        ids, labels = torch.from_numpy(batch.input_ids).to(world.device), torch.from_numpy(batch.labels).to(world.device)
+        if first >= num_samples:
+            labels = torch.full_like(labels, IGNORED)
+        is_target = labels != IGNORED
+        said = student(ids, is_target).logits
+        sums[:2] += task(said, labels[is_target]).double().sum().item(), int(is_target.sum())
+        if teacher is not None:
+            taught = teacher(ids, is_target).logits
+            sums[2:] += task(taught, labels[is_target]).double().sum().item(), int((taught.argmax(-1) == said.argmax(-1)).sum())
+    nats, tokens, teacher_nats, agreeing = sum(gather_objects(sums))
+    loss = nats / tokens
+    return Scores(
+        loss,
+        math.exp(min(loss, 700.0)),
+        int(tokens),
+        teacher_nats / tokens if teacher is not None else None,
+        agreeing / tokens if teacher is not None else None,
+    )

@@ -1,0 +1,139 @@
+"""The whole of dqtrain on text that every machine already has: train a small teacher, compress it to 2-2-8, show what it cost.
+
+Each phase is a run or a file of its own, complete or absent, so that an interrupted quickstart goes on where it stopped.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dqtrain.config import RunConfig, load_config
+from dqtrain.data.corpus import stdlib_summary
+from dqtrain.errors import ConfigError, Stopped
+from dqtrain.files import write_text
+from dqtrain.rundir import RunDir
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RANKS = 2
+PROMPT = "    def __init__(self, "
+TASK_ONLY = ("distill.task=1.0", "distill.logits=0.0", "distill.contrast=null")
+
+
+def _configs(seed: int) -> dict[str, RunConfig]:
+    """The teacher's, the student's and the ablation's config."""
+    if not (CONFIGS / "quickstart.yaml").is_file():
+        raise ConfigError(f"{CONFIGS} has no quickstart.yaml; run the quickstart from a clone of the repository.")
+    suffix = "" if seed == 1 else f"-seed{seed}"
+    common = [f"run.seed={seed}"]
+    teacher = f"runs/quickstart-teacher{suffix}"
+    student = [*common, f"teacher.path={teacher}", f"data.shards={teacher}/shards"]
+    return {
+        "teacher": load_config(CONFIGS / "quickstart-teacher.yaml", [*common, f"run.dir={teacher}"]),
+        "student": load_config(CONFIGS / "quickstart.yaml", [*student, f"run.dir=runs/quickstart{suffix}"]),
+        "task only": load_config(CONFIGS / "quickstart.yaml", [*student, *TASK_ONLY, f"run.dir=runs/quickstart-task{suffix}"]),
+    }
+
+
+def quickstart(train: Callable[[RunConfig, int], int], seed: int, ablate: bool) -> int:
+    """Run or continue every phase and print the table; the exit code. `train(config, ranks)` starts or continues a run."""
+    started = time.monotonic()
+    configs = _configs(seed)
+    if not ablate:
+        del configs["task only"]
+    print("corpus: the Python standard library of this machine")
+    for split, facts in stdlib_summary().items():
+        print(f"  {split:<10} {facts['files']:>4} files {facts['bytes']:>10,} bytes  sha256 {str(facts['sha256'])[:16]}")
+    for number, (name, config) in enumerate(configs.items(), 1):
+        run = RunDir(config.run.dir)
+        if run.result.exists():
+            print(f"{number}. {name}: {run.path} is finished")
+            continue
+        print(f"{number}. {name}: {config.train.steps} steps on {RANKS} ranks under ZeRO-{config.zero.student}, in {run.path}", flush=True)
+        code = train(config, RANKS)
+        if code != 0:
+            if code == Stopped.exit_code:
+                print("saved. `dqtrain quickstart` (or `make quickstart`) goes on from here.")
+            return code
+    runs = {name: RunDir(config.run.dir) for name, config in configs.items()}
+    baselines = _baselines(configs["student"], runs["student"])
+    _print_table(runs, baselines)
+    _print_completion(runs["student"])
+    print(f"\nthis start took {(time.monotonic() - started) / 60:.1f} minutes; the run is in {runs['student'].path}")
+    return 0
+
+
+def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
+    """Test loss of the teacher quantized like the student but without training, by kind of scale; and the unigram entropy of the test split."""
+    from dqtrain.build import unigram_entropy
+
+    path = run.path / "baselines.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    from dqtrain.artifact.load import load_any
+    from dqtrain.build import evaluation_stream
+    from dqtrain.evaluate import evaluate
+    from dqtrain.models import LanguageModel, load_model
+    from dqtrain.quant.modules import quantize_inputs, quantize_model, quantized_parameters
+    from dqtrain.quant.scale import round_to_nearest
+    from dqtrain.rundir import model_directory
+    from dqtrain.world import init_world
+
+    assert config.teacher is not None and config.quant is not None and config.quant.activations is not None
+    world = init_world()
+    teacher = load_any(model_directory(config.teacher.path))
+    stream = evaluation_stream(run.path, teacher, "test", None, None)
+    quantized = load_model(model_directory(config.teacher.path))
+    quantize_model(quantized, config.quant)
+    found = {"unigram entropy": unigram_entropy(stream)}
+    for kind in ("minmax", "mean_abs", "mse"):
+        print(f"   round-to-nearest with {kind} scales, on the test split", flush=True)
+        model = load_model(model_directory(config.teacher.path))
+        places = dict(model.named_parameters())
+        names = set()
+        for name, weight, _, quantizer in quantized_parameters(quantized):
+            places[name].data.copy_(round_to_nearest(weight.detach(), quantizer.bits, quantizer.granularity, quantizer.row_axis, kind))
+            names.add(name)
+        quantize_inputs(model, names, config.quant.activations.bits)
+        found[kind] = evaluate(LanguageModel(model), stream, 16, world).loss
+    write_text(path, json.dumps(found, indent=1))
+    return found
+
+
+def _tokens_per_s(run: RunDir) -> float:
+    lines = [json.loads(line) for line in run.log.read_text().splitlines()]
+    return statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
+
+
+def _print_table(runs: dict[str, RunDir], baselines: dict[str, float]) -> None:
+    import math
+
+    results = {name: run.load_result() for name, run in runs.items()}
+    distilled = results["student"]
+    kind = min(("minmax", "mean_abs", "mse"), key=lambda kind: baselines[kind])
+    teacher_bytes, student_bytes = results["teacher"]["export"]["bytes"], distilled["export"]["bytes"]
+    teacher_loss = distilled["test"]["teacher_loss"]
+    rows = [("teacher (fp32)", teacher_loss, teacher_bytes, None, _tokens_per_s(runs["teacher"]))]
+    rows += [(f"2-2-8 round-to-nearest ({kind})", baselines[kind], student_bytes, None, None)]
+    if "task only" in results:
+        rows += [("2-2-8 trained on the task only", results["task only"]["test"]["loss"], results["task only"]["export"]["bytes"], None, _tokens_per_s(runs["task only"]))]
+    rows += [("2-2-8 distilled", distilled["test"]["loss"], student_bytes, distilled["test"]["agreement"], _tokens_per_s(runs["student"]))]
+    print(f"\n{'':<34}{'test loss':>10}{'perplexity':>12}{'bytes':>12}{'smaller':>9}{'top-1 as teacher':>18}{'tokens/s':>10}")
+    for name, loss, size, agreement, speed in rows:
+        agree = f"{agreement:.1%}" if agreement is not None else ""
+        print(f"{name:<34}{loss:>10.4f}{math.exp(min(loss, 99)):>12.4g}{size:>12,}{teacher_bytes / size:>8.1f}x{agree:>18}{f'{speed:,.0f}' if speed else '':>10}")
+    worst = min(baselines[kind], baselines["unigram entropy"])
+    closed = (worst - distilled["test"]["loss"]) / (worst - teacher_loss)
+    print(f"unigram entropy of the test split: {baselines['unigram entropy']:.4f} nats per token")
+    print(f"distillation closed {closed:.1%} of the gap between {worst:.4f} and the teacher; sizes are those of model.safetensors")
+    parity = distilled["export"]["parity"]
+    print(f"artifact: {parity['tensors_bit_identical']} tensors bit-identical to the trained grid, logits differ by {parity['relative_logit_difference']:.0e} of the largest")
+
+
+def _print_completion(run: RunDir) -> None:
+    from dqtrain.artifact.load import complete, load_artifact
+
+    folder = run.artifact("packed")
+    print(f"\nthe packed student completes a line of Python (`dqtrain generate {folder} PROMPT`):")
+    print(complete(load_artifact(folder), folder, PROMPT, 24))

@@ -1,0 +1,188 @@
+"""The loop: everything that happens in a run, in the order in which it happens."""
+
+import json
+import math
+import signal
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+import xxhash
+
+from dqtrain import checkpoint
+from dqtrain.artifact.export import export
+from dqtrain.config import RunConfig, Train
+from dqtrain.data.stream import IGNORED, Batch, Stream
+from dqtrain.engine import StudentEngine, TeacherEngine
+from dqtrain.errors import CheckpointError, NumericsError, Stopped
+from dqtrain.evaluate import evaluate
+from dqtrain.files import write_text
+from dqtrain.metrics import Metrics
+from dqtrain.quant.modules import check_all_ran
+from dqtrain.rundir import RunDir
+from dqtrain.world import World, barrier, broadcast_object, sum_over_ranks
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def learning_rate_factor(step: int, train: Train) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then the decay. A pure function, so that nothing need be saved."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[train.decay]
+
+
+def seed_micro_batch(seed: int, step: int, index: int) -> None:
+    """Seed dropout and sampled negatives by position in the run, never by rank: then no random state need be saved."""
+    torch.manual_seed(xxhash.xxh64_intdigest(f"{seed}/{step}/{index}".encode()) >> 1)
+
+
+@dataclass
+class Trainer:
+    """One run on one rank. Every method that says so is collective: all ranks call it together."""
+
+    config: RunConfig
+    run: RunDir
+    world: World
+    student: StudentEngine
+    teacher: TeacherEngine | None
+    stream: Stream
+    validation: Stream | None
+    test: Stream | None
+    metrics: Metrics
+    step: int = 0
+    best: dict[str, Any] | None = None  # {"step", "loss"} of the lowest validation loss
+    stop_requested: bool = field(default=False, init=False)
+
+    def train(self) -> None:
+        """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._request_stop)
+        self.resume()
+        while self.step < self.config.train.steps:
+            batches = self.micro_batches()
+            num_tokens, stop = self.agree(batches)
+            if stop:
+                self.save()
+                barrier()
+                raise Stopped(f"stopped after step {self.step} of {self.config.train.steps}; saved. `dqtrain resume {self.run.path}` continues.")
+            self.one_step(batches, num_tokens)
+            if self.due(self.config.log.every_steps):
+                self.metrics.log(self.step, self.step * self.config.train.global_batch * self.config.data.tokens_per_sample, **self.student.learning_rates())
+            if self.validation and self.due(self.config.eval.every_steps):
+                self.validate()
+            if self.due(self.config.checkpoint.every_steps):
+                self.save()
+
+    def due(self, every_steps: int | None) -> bool:
+        """Whether something that happens every so many steps, and at the last one, happens now."""
+        return every_steps is not None and (self.step % every_steps == 0 or self.step == self.config.train.steps)
+
+    def micro_batches(self) -> list[tuple[int, Batch]]:
+        """(index, batch) of this rank's micro-batches of the step: every world_size-th; those beyond the last have no target tokens."""
+        count = self.config.train.global_batch // self.config.train.micro_batch
+        mine = range(self.world.rank, math.ceil(count / self.world.world_size) * self.world.world_size, self.world.world_size)
+        return [(j, self._micro_batch(j, count)) for j in mine]
+
+    def _micro_batch(self, index: int, count: int) -> Batch:
+        batch = self.stream.micro_batch(self.step, min(index, count - 1), self.config.train.global_batch, self.config.train.micro_batch)
+        if index >= count:
+            batch.labels.fill(IGNORED)  # this rank has no micro-batch left, but takes part in the collectives
+        return batch
+
+    def agree(self, batches: list[tuple[int, Batch]]) -> tuple[int, bool]:
+        """(target tokens of the global batch, whether any rank was asked to stop). Collective."""
+        own = torch.tensor([sum(int((batch.labels != IGNORED).sum()) for _, batch in batches), int(self.stop_requested)], device=self.world.device)
+        total, stops = sum_over_ranks(own).tolist()
+        return total, stops > 0
+
+    def one_step(self, batches: list[tuple[int, Batch]], num_tokens: int) -> None:
+        """Forward and backward of every micro-batch, then one update. Collective."""
+        self.student.mode(training=True)
+        for index, batch in batches:
+            ids = torch.from_numpy(batch.input_ids).to(self.world.device)
+            labels = torch.from_numpy(batch.labels).to(self.world.device)
+            taught = self.teacher(ids, labels != IGNORED) if self.teacher else None
+            seed_micro_batch(self.config.run.seed, self.step, index)
+            loss = self.student(ids, labels, taught)
+            # The engine averages gradients over ranks; the loss is the sum over ranks divided by the global number of target tokens.
+            self.student.backward(loss.total * self.world.world_size / num_tokens)
+            for name, value in {"loss": loss.total.detach(), **loss.parts}.items():
+                self.metrics.add(name, value / num_tokens)
+        factor = learning_rate_factor(self.step, self.config.train)
+        gradient_norm = self.student.step(factor)
+        self.student.module.end_step()
+        if self.step == 0:
+            check_all_ran(self.student.module)
+        self.step += 1
+        if not math.isfinite(gradient_norm):
+            raise NumericsError(
+                f"step {self.step}: the gradient norm is {gradient_norm}. Lower train.lr or set train.precision to fp32, then start a new run; "
+                "the last complete checkpoint is from before this step."
+            )
+        self.metrics.add("gradient_norm", gradient_norm if self.world.rank == 0 else 0.0)
+        if self.world.rank == 0:
+            self.run.heartbeat()
+
+    def validate(self) -> None:
+        """Score the validation split, log it, and keep the checkpoint if it is the best so far. Collective."""
+        assert self.validation is not None
+        self.student.mode(training=False)
+        scores = evaluate(self.student.outputs, self.validation, self.config.train.micro_batch, self.world, max_samples=self.config.eval.max_samples)
+        self.metrics.log_scores(self.step, validation_loss=scores.loss, validation_perplexity=scores.perplexity)
+        if self.best is None or scores.loss < self.best["loss"]:
+            self.best = {"step": self.step, "loss": scores.loss}
+            if self.config.export.checkpoint == "best" and not self.due(self.config.checkpoint.every_steps):
+                self.save()
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step. Collective."""
+        state = {"step": self.step, "best": self.best, "pending_metrics": self.metrics.state(), "config": self.config.model_dump(mode="json")}
+        checkpoint.save(self.run.checkpoints, self.step, self.world.rank, self.student, state, self.config.checkpoint.keep_last)
+
+    def resume(self) -> None:
+        """Continue from the newest sound checkpoint, chosen by rank 0; from step 0 when there is none. Collective."""
+        found: Any = None
+        if self.world.rank == 0:
+            try:
+                found = checkpoint.newest(self.run.checkpoints)
+            except CheckpointError as error:
+                found = error
+        found = broadcast_object(found)
+        if isinstance(found, CheckpointError):
+            raise found
+        folder, passed_over = found
+        for message in passed_over:
+            self.metrics.say(message)
+        pending = self.metrics.state()
+        if folder is not None:
+            state = checkpoint.read_state(folder)
+            checkpoint.require_same_config(folder, state["config"], self.config)
+            checkpoint.load(folder, self.student)
+            self.step, self.best, pending = state["step"], state["best"], state["pending_metrics"]
+        self.metrics.resume(self.step, pending)
+        if self.world.rank == 0:
+            self.run.event("start" if folder is None else "resume", step=self.step, ranks=self.world.world_size)
+
+    def finish(self) -> dict[str, Any]:
+        """Test once, export, verify, and mark the run finished; returns what result.json holds. Collective."""
+        step = self.best["step"] if self.config.export.checkpoint == "best" and self.best else self.config.train.steps
+        folder = checkpoint.at_step(self.run.checkpoints, step)
+        if step != self.step:
+            checkpoint.load(folder, self.student)
+        self.student.mode(training=False)
+        scores = None
+        if self.test is not None:
+            scores = evaluate(self.student.outputs, self.test, self.config.train.micro_batch, self.world, self.teacher)
+        result: dict[str, Any] = {}
+        if self.world.rank == 0:
+            result = {"step": step, "test": scores.as_dict() if scores else None, "export": export(self.run, folder)}
+            write_text(self.run.result, json.dumps(result, indent=1))
+        result = broadcast_object(result)
+        barrier()
+        return result
+
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        self.stop_requested = True  # acted on at the next step boundary, by all ranks together

@@ -1,0 +1,152 @@
+"""Every shipped config loads; every mistake is one message that names file, line and key; no knob is dead."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from dqtrain.config import PASSIVE, RunConfig, differences, dump_config, load_config, schema
+from dqtrain.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+SMALL = """\
+run: {dir: runs/x, seed: 3}
+teacher: {path: teacher}
+data: {train: a.jsonl, tokens_per_sample: 32}
+train:
+  steps: 10
+  global_batch: 8
+  micro_batch: 4
+  lr: 3e-5
+quant: null
+distill: {task: 1.0}
+checkpoint: {every_steps: 5}
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    def write(text=SMALL):
+        path = tmp_path / "x.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_config_loads_and_names_the_schema(path):
+    assert isinstance(load_config(path), RunConfig)
+    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+def test_schema_is_current():
+    assert (ROOT / "configs/schema.json").read_text() == schema(), "write it again: python -c 'from dqtrain.config import schema; print(schema(), end=\"\")'"
+
+
+def test_numbers_are_read_as_written(small):
+    config = load_config(small(), ["train.weight_decay=1e-2", "train.steps=20"])
+    assert (config.train.lr, config.train.weight_decay, config.train.steps) == (3e-5, 1e-2, 20)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  lr: 3e-5", "  lr: 3e-5\n  weight_dacay: 0.1", "x.yaml:9: train.weight_dacay: unknown key. Did you mean `weight_decay`?"),
+        ("  lr: 3e-5", "  lr: 3e-5\n  lr: 4e-5", "x.yaml:9: train.lr: given twice"),
+        ("steps: 10", "steps: true", "x.yaml:5: train.steps: is true, but input should be a valid integer."),
+        ("steps: 10", "steps: 10.5", "x.yaml:5: train.steps: is 10.5"),
+        ("steps: 10", "steps: 0", "x.yaml:5: train.steps: is 0, but input should be greater than or equal to 1."),
+        ("steps: 10", "steps: 0x10", 'x.yaml:5: train.steps: is "0x10"'),
+        ("  lr: 3e-5", "  lr: fast", 'x.yaml:8: train.lr: is "fast"'),
+        ("  lr: 3e-5\n", "", "x.yaml:4: train.lr: missing"),
+        ("micro_batch: 4", "micro_batch: 3", "train.micro_batch is 3, but it must divide train.global_batch, 8; set it to 2"),
+        ("{task: 1.0}", "{task: 0.0}", "distill has no term with a weight above 0"),
+        ("teacher: {path: teacher}", "teacher: null", "nothing says what the student is"),
+        (
+            "quant: null",
+            "quant: {linears: {bits: 3, granularity: per_row}, embeddings: null, positions: null, activations: null}",
+            "x.yaml:9: quant.linears.bits: is 3, but input should be 2, 4 or 8.",
+        ),
+        ("run: {", "run: {dir: a}}", "x.yaml:1: not valid YAML"),
+    ],
+)
+def test_mistake_names_line_and_remedy(small, old, new, message):
+    assert old in SMALL
+    with pytest.raises(ConfigError) as error:
+        load_config(small(SMALL.replace(old, new, 1)))
+    assert message in str(error.value)
+
+
+def test_override_mistake_names_the_command_line(small):
+    with pytest.raises(ConfigError, match=r"command line: train\.stps: unknown key\. Did you mean `steps`\?"):
+        load_config(small(), ["train.stps=3"])
+    with pytest.raises(ConfigError, match="not of the form"):
+        load_config(small(), ["train.steps"])
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no\.yaml: cannot be read"):
+        load_config(tmp_path / "no.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"run: missing"):
+        load_config(tmp_path / "empty.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="holds list"):
+        load_config(tmp_path / "list.yaml")
+
+
+@given(
+    st.floats(1e-12, 1e3, allow_nan=False), st.integers(1, 2**40), st.floats(0, 10), st.sampled_from(["linear", "cosine", "constant"]), st.text("abc/._- é", min_size=1)
+)
+def test_resolved_config_reads_back_equal(lr, steps, decay, shape, name):
+    tree = yaml.safe_load(SMALL)
+    tree["train"] |= {"lr": lr, "steps": steps, "weight_decay": decay, "decay": shape}
+    tree["data"]["train"] = name
+    import json
+
+    config = RunConfig.model_validate_json(json.dumps(tree))
+    again = RunConfig.model_validate_json(json.dumps(yaml.safe_load(dump_config(config))))
+    assert again == config
+
+
+def test_differences_are_leaves(small):
+    path = small()
+    a, b = load_config(path), load_config(path, ["train.steps=11", "data.train=[b.txt]", "log.every_steps=3"])
+    changed = differences(a, b)
+    assert changed == {"train.steps": (10, 11), "data.train": ("a.jsonl", ["b.txt"]), "log.every_steps": (10, 3)}
+    assert changed.keys() - PASSIVE == {"train.steps", "data.train"}
+
+
+def _leaves(model, prefix=""):
+    for name, field in model.model_fields.items():
+        inner = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if inner:
+            yield from _leaves(inner[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_no_knob_is_dead_and_every_knob_is_documented():
+    read = set()
+    for path in [*(ROOT / "dqtrain").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
+        if path.name != "config.py":
+            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert [leaf for leaf in _leaves(RunConfig) if leaf.rpartition(".")[2] not in read] == []
+
+    def undocumented(model):
+        for name, field in model.model_fields.items():
+            inner = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+            yield from undocumented(inner[0]) if inner else ([] if field.description else [name])
+
+    assert list(undocumented(RunConfig)) == []
+
+
+def test_passive_fields_exist():
+    assert set(_leaves(RunConfig)) >= PASSIVE
