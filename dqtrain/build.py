@@ -17,9 +17,9 @@ from dqtrain.data.stream import IGNORED, Stream
 from dqtrain.distill.objective import Objective
 from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import ConfigError
+from dqtrain.files import write_text
 from dqtrain.metrics import Metrics
 from dqtrain.models import LanguageModel, check_length, check_vocabulary, empty_model, load_model, new_model
-from dqtrain.files import write_text
 from dqtrain.quant.modules import Coverage, quantize_model
 from dqtrain.rundir import RunDir, model_directory
 from dqtrain.trainer import Trainer
@@ -37,9 +37,7 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     metrics = Metrics(run, world, config.train.steps)
     tokenizer = tokenizer_directory(config, run)
     shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
-    streams = {
-        split: Stream(folder, config.data.tokens_per_sample, config.run.seed, shuffle=split == "train") for split, folder in shards.items()
-    }
+    streams = {split: Stream(folder, config.data.tokens_per_sample, config.run.seed, shuffle=split == "train") for split, folder in shards.items()}
 
     loaded = load_tokenizer(tokenizer)
     student, coverage = student_model(config, len(loaded), loaded.eos_token_id)
@@ -87,9 +85,7 @@ def prepare_data(config: RunConfig, run: RunDir, say: Callable[[str], None]) -> 
         train_tokenizer(config.data.train, config.data.text_field, config.data.train_tokenizer.vocab_size, tokenizer, progress=say)
     sources = {"train": config.data.train, "validation": config.data.validation, "test": config.data.test}
     root = config.data.shards or run.path / "shards"
-    return {
-        split: prepare(source, split, tokenizer, root, config.data.text_field, progress=say) for split, source in sources.items() if source is not None
-    }
+    return {split: prepare(source, split, tokenizer, root, config.data.text_field, progress=say) for split, source in sources.items() if source is not None}
 
 
 def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tuple[PreTrainedModel, Coverage | None]:

@@ -47,7 +47,8 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def _write_rank_files(folder: Path, rank: int, engine: StudentEngine, state: dict[str, Any]) -> dict[str, tuple[int, str]]:
     """Write and sync this rank's files; file -> (bytes, hash)."""
-    tensors, pieces = {}, {}
+    tensors: dict[str, Tensor] = {}
+    pieces: dict[str, dict[str, Any]] = {}
     for fragment in engine.fragments():
         pieces[fragment.name] = {"start": fragment.start, "numel": fragment.numel, "total": fragment.total, "shape": fragment.shape}
         tensors |= {f"{fragment.name}|{key}": value.cpu().contiguous() for key, value in fragment.tensors.items()}
@@ -140,7 +141,7 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 
     Raises CheckpointError when there are checkpoints but none is sound: starting from step 0 would be silent loss.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for name in reversed(_complete_names(root)):
         problem = problem_with(root / name)
         if problem is None:
@@ -189,7 +190,9 @@ class _Pieces:
                 out[low - start : high - start].copy_(part)
                 filled += high - low
         if filled != out.numel():
-            raise CheckpointError(f"{self.folder}: has {filled} of the {out.numel()} elements of {name} ({key}) that are needed; it was written by another model.")
+            raise CheckpointError(
+                f"{self.folder}: has {filled} of the {out.numel()} elements of {name} ({key}) that are needed; it was written by another model."
+            )
 
 
 def load(folder: Path, engine: StudentEngine) -> None:
@@ -231,7 +234,9 @@ def fill(model: nn.Module, folder: Path, prefix: str = "student.model.") -> dict
                 left_over[name] = value
                 continue
             if places[name].shape != value.shape:
-                raise CheckpointError(f"{folder}: {name} has shape {tuple(value.shape)}, the model's is {tuple(places[name].shape)}; it was written by another model.")
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {tuple(value.shape)}, the model's is {tuple(places[name].shape)}; it was written by another model."
+                )
             places[name].copy_(value)
             missing.discard(name)
     if missing:
@@ -244,4 +249,6 @@ def require_same_config(folder: Path, saved: dict[str, Any], config: RunConfig) 
     changes = differences(validate(saved, str(folder / "state.json")), config)
     fatal = [f"{key}: {json.dumps(old)} there, {json.dumps(new)} here" for key, (old, new) in changes.items() if key not in PASSIVE]
     if fatal:
-        raise CheckpointError(f"{folder}: was written with another config ({'; '.join(fatal)}). Restore these values, or start a new run with student.init_from.")
+        raise CheckpointError(
+            f"{folder}: was written with another config ({'; '.join(fatal)}). Restore these values, or start a new run with student.init_from."
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from dqtrain.config import RunConfig, load_config
 from dqtrain.errors import ConfigError, UserError
 from dqtrain.rundir import RunDir, model_directory
+from dqtrain.signals import stop_at_once
 from launch.local import run_ranks
 
 DESCRIPTION = "Make a generative language model small: joint distillation and quantization-aware training."
@@ -33,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help + ".", epilog=f"example:\n  {example}", formatter_class=raw)
 
-    train = command("train", "train from a config, or continue the run it names", "dqtrain train configs/causal.yaml teacher.path=DIR data.train=a.jsonl --ranks 2")
+    train = command(
+        "train", "train from a config, or continue the run it names", "dqtrain train configs/causal.yaml teacher.path=DIR data.train=a.jsonl --ranks 2"
+    )
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
     train.add_argument("--ranks", type=int, help="processes to start here (default 1); under srun or torchrun each process is one rank already")
@@ -80,11 +83,8 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
         raise ConfigError(f"--ranks is {ranks}; give 1 or more.")
     _check_paths(config)
     run = RunDir(config.run.dir)
-    run.acquire()  # rank 0 will own the run; a live owner is refused here, before anything starts
-    try:
-        run.claim(config)
-    finally:
-        run.release()
+    run.refuse_if_owned()
+    run.claim(config)
     code = run_ranks([sys.executable, "-m", "dqtrain", "train", str(run.config), "--ranks", str(ranks)], ranks, run)
     if code != 0:
         print(f"dqtrain: exit {code}. The log of other ranks is in {run.path}/rank-*.log; `dqtrain resume {run.path}` continues.", file=sys.stderr)
@@ -109,6 +109,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "train":
         config = load_config(args.config, args.overrides)
         if "RANK" in os.environ:
+            stop_at_once()  # before the seconds that importing torch takes
             from dqtrain.rank import run_rank
 
             return run_rank(config)
@@ -144,8 +145,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sample: int | None) -> int:
     """Score a run's chosen checkpoint, a model directory or an artifact; prints one JSON object."""
-    from dqtrain.build import evaluation_stream
     from dqtrain.artifact.load import load_any
+    from dqtrain.build import evaluation_stream
     from dqtrain.evaluate import evaluate
     from dqtrain.models import LanguageModel
     from dqtrain.world import init_world

@@ -5,19 +5,19 @@ default is written out, and after the start the engine's own report is compared 
 of DeepSpeed 0.19 that dqtrain relies on are in this file and listed in `PRIVATE_NAMES`.
 """
 
-import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dqtrain.config import Train, Zero
+from dqtrain.distill.objective import Objective
 from dqtrain.errors import ConfigError
 from dqtrain.world import World
 
@@ -37,8 +37,6 @@ PRIVATE_NAMES = {
     1: ("single_partition_of_fp32_groups", "_link_all_hp_params", "update_lp_params"),
 }
 """ZeRO stage -> attributes of DeepSpeed's optimizer that fragments are read through."""
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def start(world: World, timeout_s: int = 1800) -> None:
@@ -81,13 +79,6 @@ def _assert_started_as_asked(engine: Any, asked: dict[str, Any], name: str) -> N
         raise ConfigError(f"the {name}'s DeepSpeed engine did not start as asked: {'; '.join(wrong)}. Use the DeepSpeed version of constraints.txt.")
 
 
-@contextlib.contextmanager
-def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters inside the block, on every rank, read-only; a no-op for those that are not partitioned. Collective."""
-    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
-        yield
-
-
 class TeacherEngine:
     """A frozen model without optimizer, whole or gathered layer by layer under ZeRO-3."""
 
@@ -122,7 +113,7 @@ class Fragment:
 class StudentEngine:
     """The trained module under ZeRO 1, 2 or 3 with AdamW: fp32 weights, moments and scales."""
 
-    def __init__(self, module: nn.Module, train: Train, zero: Zero, world: World) -> None:
+    def __init__(self, module: Objective, train: Train, zero: Zero, world: World) -> None:
         self.module, self.stage = module, zero.student
         self._train = train
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
@@ -135,7 +126,9 @@ class StudentEngine:
         self._optimizer = self._engine.optimizer
         missing = [name for name in PRIVATE_NAMES[self.stage] if not hasattr(self._optimizer, name)]
         if missing:
-            raise ConfigError(f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which checkpoints are read through; install the version in constraints.txt.")
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which checkpoints are read through; install the version in constraints.txt."
+            )
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the module. Collective under ZeRO-3."""
@@ -154,10 +147,11 @@ class StudentEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, factor: float) -> float:
-        """Clip, update with learning rates `factor` x peak, clear gradients; the global gradient norm before clipping. Collective."""
+        """Clip, update with learning rates `factor` x peak, clear gradients, move the bank; the global gradient norm before clipping. Collective."""
         for group in self._optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
         self._engine.step()
+        self.module.end_step()
         return float(self._engine.get_global_grad_norm())
 
     def learning_rates(self) -> dict[str, float]:
@@ -225,6 +219,4 @@ def _parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
         groups[kind].append(parameter)
     lrs = {"weights": train.lr, "vectors": train.lr, "scales": train.scale_lr}
     decays = {"weights": train.weight_decay, "vectors": 0.0, "scales": 0.0}
-    return [
-        {"params": params, "name": kind, "lr": lrs[kind], "peak_lr": lrs[kind], "weight_decay": decays[kind]} for kind, params in groups.items() if params
-    ]
+    return [{"params": params, "name": kind, "lr": lrs[kind], "peak_lr": lrs[kind], "weight_decay": decays[kind]} for kind, params in groups.items() if params]

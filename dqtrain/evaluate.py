@@ -60,7 +60,7 @@ def evaluate(
         if teacher is not None:
             taught = teacher(ids, is_target).logits
             sums[2:] += task(taught, labels[is_target]).double().sum().item(), int((taught.argmax(-1) == said.argmax(-1)).sum())
-    nats, tokens, teacher_nats, agreeing = sum(gather_objects(sums))
+    nats, tokens, teacher_nats, agreeing = np.sum(gather_objects(sums), axis=0).tolist()
     loss = nats / tokens
     return Scores(
         loss,

@@ -55,8 +55,8 @@ def read_model_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}/config.json: transformers cannot read it ({error}). Save the model again with save_pretrained.") from None
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    expected = (expected,) if isinstance(expected, str) else tuple(expected or ())
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    expected = (known,) if isinstance(known, str) else tuple(known or ())
     architectures = written.get("architectures") or list(expected)
     if config.is_encoder_decoder or not set(architectures) & set(expected):
         wanted = f", which for {config.model_type} is {' or '.join(expected)}" if expected and not config.is_encoder_decoder else ""
@@ -68,12 +68,15 @@ def load_model(folder: Path) -> PreTrainedModel:
     """Weights and config of a directory, in fp32, in eval mode. Raises ConfigError."""
     read_model_config(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{folder}: transformers cannot load it ({error}). Save the model again with save_pretrained.") from None
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ConfigError(f"{folder}: its files lack {len(missing)} tensors, such as {missing[0]}; a model with random tensors would be used. Save it again whole.")
+        raise ConfigError(
+            f"{folder}: its files lack {len(missing)} tensors, such as {missing[0]}; a model with random tensors would be used. Save it again whole."
+        )
     return _checked(model, str(folder))
 
 

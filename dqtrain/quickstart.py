@@ -114,21 +114,33 @@ def _print_table(runs: dict[str, RunDir], baselines: dict[str, float]) -> None:
     kind = min(("minmax", "mean_abs", "mse"), key=lambda kind: baselines[kind])
     teacher_bytes, student_bytes = results["teacher"]["export"]["bytes"], distilled["export"]["bytes"]
     teacher_loss = distilled["test"]["teacher_loss"]
-    rows = [("teacher (fp32)", teacher_loss, teacher_bytes, None, _tokens_per_s(runs["teacher"]))]
+    rows: list[tuple[str, float, int, float | None, float | None]] = [("teacher (fp32)", teacher_loss, teacher_bytes, None, _tokens_per_s(runs["teacher"]))]
     rows += [(f"2-2-8 round-to-nearest ({kind})", baselines[kind], student_bytes, None, None)]
     if "task only" in results:
-        rows += [("2-2-8 trained on the task only", results["task only"]["test"]["loss"], results["task only"]["export"]["bytes"], None, _tokens_per_s(runs["task only"]))]
+        rows += [
+            (
+                "2-2-8 trained on the task only",
+                results["task only"]["test"]["loss"],
+                results["task only"]["export"]["bytes"],
+                None,
+                _tokens_per_s(runs["task only"]),
+            )
+        ]
     rows += [("2-2-8 distilled", distilled["test"]["loss"], student_bytes, distilled["test"]["agreement"], _tokens_per_s(runs["student"]))]
     print(f"\n{'':<34}{'test loss':>10}{'perplexity':>12}{'bytes':>12}{'smaller':>9}{'top-1 as teacher':>18}{'tokens/s':>10}")
     for name, loss, size, agreement, speed in rows:
         agree = f"{agreement:.1%}" if agreement is not None else ""
-        print(f"{name:<34}{loss:>10.4f}{math.exp(min(loss, 99)):>12.4g}{size:>12,}{teacher_bytes / size:>8.1f}x{agree:>18}{f'{speed:,.0f}' if speed else '':>10}")
+        print(
+            f"{name:<34}{loss:>10.4f}{math.exp(min(loss, 99)):>12.4g}{size:>12,}{teacher_bytes / size:>8.1f}x{agree:>18}{f'{speed:,.0f}' if speed else '':>10}"
+        )
     worst = min(baselines[kind], baselines["unigram entropy"])
     closed = (worst - distilled["test"]["loss"]) / (worst - teacher_loss)
     print(f"unigram entropy of the test split: {baselines['unigram entropy']:.4f} nats per token")
     print(f"distillation closed {closed:.1%} of the gap between {worst:.4f} and the teacher; sizes are those of model.safetensors")
     parity = distilled["export"]["parity"]
-    print(f"artifact: {parity['tensors_bit_identical']} tensors bit-identical to the trained grid, logits differ by {parity['relative_logit_difference']:.0e} of the largest")
+    print(
+        f"artifact: {parity['tensors_bit_identical']} tensors bit-identical to the trained grid, logits differ by {parity['relative_logit_difference']:.0e} of the largest"
+    )
 
 
 def _print_completion(run: RunDir) -> None:

@@ -167,7 +167,7 @@ class RunDir:
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events, oldest first."""
-        return [json.loads(line) for line in self.events.read_text().splitlines()] if self.events.is_file() else []
+        return [json.loads(line) for line in self.events.read_text().splitlines() if line.endswith("}")] if self.events.is_file() else []
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl: time (UTC), event, and the fields. Raises OSError."""

@@ -2,9 +2,7 @@
 
 import json
 import math
-import signal
-from dataclasses import dataclass, field
-from types import FrameType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +19,8 @@ from dqtrain.files import write_text
 from dqtrain.metrics import Metrics
 from dqtrain.quant.modules import check_all_ran
 from dqtrain.rundir import RunDir
+from dqtrain.signals import StopRequest, stop_at_once
 from dqtrain.world import World, barrier, broadcast_object, sum_over_ranks
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def learning_rate_factor(step: int, train: Train) -> float:
@@ -54,16 +51,14 @@ class Trainer:
     metrics: Metrics
     step: int = 0
     best: dict[str, Any] | None = None  # {"step", "loss"} of the lowest validation loss
-    stop_requested: bool = field(default=False, init=False)
 
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._request_stop)
         self.resume()
+        request = StopRequest()
         while self.step < self.config.train.steps:
             batches = self.micro_batches()
-            num_tokens, stop = self.agree(batches)
+            num_tokens, stop = self.agree(batches, request)
             if stop:
                 self.save()
                 barrier()
@@ -92,9 +87,9 @@ class Trainer:
             batch.labels.fill(IGNORED)  # this rank has no micro-batch left, but takes part in the collectives
         return batch
 
-    def agree(self, batches: list[tuple[int, Batch]]) -> tuple[int, bool]:
+    def agree(self, batches: list[tuple[int, Batch]], request: StopRequest) -> tuple[int, bool]:
         """(target tokens of the global batch, whether any rank was asked to stop). Collective."""
-        own = torch.tensor([sum(int((batch.labels != IGNORED).sum()) for _, batch in batches), int(self.stop_requested)], device=self.world.device)
+        own = torch.tensor([sum(int((batch.labels != IGNORED).sum()) for _, batch in batches), int(request.received)], device=self.world.device)
         total, stops = sum_over_ranks(own).tolist()
         return total, stops > 0
 
@@ -113,7 +108,6 @@ class Trainer:
                 self.metrics.add(name, value / num_tokens)
         factor = learning_rate_factor(self.step, self.config.train)
         gradient_norm = self.student.step(factor)
-        self.student.module.end_step()
         if self.step == 0:
             check_all_ran(self.student.module)
         self.step += 1
@@ -123,8 +117,6 @@ class Trainer:
                 "the last complete checkpoint is from before this step."
             )
         self.metrics.add("gradient_norm", gradient_norm if self.world.rank == 0 else 0.0)
-        if self.world.rank == 0:
-            self.run.heartbeat()
 
     def validate(self) -> None:
         """Score the validation split, log it, and keep the checkpoint if it is the best so far. Collective."""
@@ -168,6 +160,7 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Test once, export, verify, and mark the run finished; returns what result.json holds. Collective."""
+        stop_at_once()  # all is saved
         step = self.best["step"] if self.config.export.checkpoint == "best" and self.best else self.config.train.steps
         folder = checkpoint.at_step(self.run.checkpoints, step)
         if step != self.step:
@@ -183,6 +176,3 @@ class Trainer:
         result = broadcast_object(result)
         barrier()
         return result
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        self.stop_requested = True  # acted on at the next step boundary, by all ranks together

@@ -103,7 +103,11 @@ def test_missing_and_empty_files(tmp_path):
 
 
 @given(
-    st.floats(1e-12, 1e3, allow_nan=False), st.integers(1, 2**40), st.floats(0, 10), st.sampled_from(["linear", "cosine", "constant"]), st.text("abc/._- é", min_size=1)
+    st.floats(1e-12, 1e3, allow_nan=False),
+    st.integers(1, 2**40),
+    st.floats(0, 10),
+    st.sampled_from(["linear", "cosine", "constant"]),
+    st.text("abc/._- é", min_size=1),
 )
 def test_resolved_config_reads_back_equal(lr, steps, decay, shape, name):
     tree = yaml.safe_load(SMALL)

@@ -45,8 +45,9 @@ def export(run: RunDir, folder: Path) -> dict[str, Any]:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{final}: could not be written ({error}). Free space there, then `dqtrain export {run.path}` or `dqtrain resume {run.path}`.") from None
+        raise CheckpointError(
+            f"{final}: could not be written ({error}). Free space there, then `dqtrain export {run.path}` or `dqtrain resume {run.path}`."
+        ) from None
     size = (final / "model.safetensors").stat().st_size
     float_bytes = sum(p.numel() * 4 for name, p in model.named_parameters() if not name.endswith("weight_gamma"))
     return {"path": str(final), "bytes": size, "fp32_bytes": float_bytes, "ratio": float_bytes / size, "parity": figures}
-

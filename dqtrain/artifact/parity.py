@@ -31,7 +31,9 @@ def verify(trained: PreTrainedModel, folder: Path) -> dict[str, Any]:
     for name, tensor in expected.items():
         if name not in found or not torch.equal(found[name], tensor):
             difference = (found[name] - tensor).abs().max().item() if name in found else float("nan")
-            raise CheckpointError(f"{folder}: {name} is not what was trained (largest difference {difference}); do not use this artifact, and report this as a bug.")
+            raise CheckpointError(
+                f"{folder}: {name} is not what was trained (largest difference {difference}); do not use this artifact, and report this as a bug."
+            )
     vocab_size = trained.config.vocab_size
     ids = torch.randint(vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     here = torch.ones_like(ids, dtype=torch.bool)
@@ -39,5 +41,11 @@ def verify(trained: PreTrainedModel, folder: Path) -> dict[str, Any]:
     ours, theirs = LanguageModel(trained)(ids, here).logits, LanguageModel(loaded)(ids, here).logits
     difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
     if not difference <= LOGITS_TOLERANCE:
-        raise CheckpointError(f"{folder}: its logits differ from the trained model's by {difference:.1e} of the largest, more than {LOGITS_TOLERANCE:.0e}. Report this as a bug.")
-    return {"tensors_bit_identical": len(expected), "relative_logit_difference": difference, "top1_agreement": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()}
+        raise CheckpointError(
+            f"{folder}: its logits differ from the trained model's by {difference:.1e} of the largest, more than {LOGITS_TOLERANCE:.0e}. Report this as a bug."
+        )
+    return {
+        "tensors_bit_identical": len(expected),
+        "relative_logit_difference": difference,
+        "top1_agreement": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+    }

@@ -68,8 +68,8 @@ def train_tokenizer(sources: str | Sequence[str], text_field: str, vocab_size: i
     if progress:
         progress(f"training a tokenizer of {vocab_size:,} entries on {_name(sources)}")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator((text for text, _ in _pieces(sources, "train", text_field)), trainer)

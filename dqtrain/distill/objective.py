@@ -15,6 +15,7 @@ from dqtrain.distill import terms
 from dqtrain.distill.contrast import TokenContrast
 from dqtrain.models import LanguageModel, Outputs
 
+
 class Loss(NamedTuple):
     """Sums over the target tokens of one micro-batch."""
 

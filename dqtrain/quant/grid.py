@@ -2,11 +2,12 @@
 
 A weight w [rows, columns] becomes integer codes c = clamp(round(w / s), -qmax, qmax) and is read back as s * c (Jacob et al.
 2018, eq. 1, zero_point 0). In the `dynamic` grid the clip alpha = gamma * mean|w| follows the weights and gamma is learned
-(QuantGPT: Tao et al., ACL 2022, section 3.3), with s = alpha / qmax.
+(QuantGPT: Tao et al., ACL 2022), with s = alpha / qmax.
 
 `row_axis` is the axis of a matrix's *outputs*: 0 for Linear and Embedding, 1 for Conv1D, which stores its weight transposed.
-A scale has shape [1] or [rows]. Arithmetic is in fp32, or in float64 where the weight is; sums are in float64, so that
-their order (device, threads, training or export) does not move a scale. Training and export share these functions.
+A scale has shape [1] or [rows]. Arithmetic is in fp32, or in float64 where the weight is; |w| is summed in float64 and
+rounded once, so that the order of the sum (threads, device) has next to no chance to move a scale. Training and export share
+these functions.
 """
 
 from typing import Any, Literal
@@ -77,7 +78,9 @@ def dequantize(codes: Tensor, scale: Tensor, row_axis: int = 0) -> Tensor:
 
 def fake_quantize(weight: Tensor, scale: Tensor, bits: int, row_axis: int = 0) -> Tensor:
     """`dequantize(quantize(weight))`, equal in every element, without the integers in between; not differentiable."""
-    return _float_codes(weight, scale, bits, row_axis).mul_(_along_rows(scale, row_axis))
+    codes = _float_codes(weight, scale, bits, row_axis)
+    # Adding to +0 turns -0, which rounding gives and integers do not have, into +0: then the bits are equal too.
+    return torch.addcmul(codes.new_zeros(()), codes, _along_rows(scale, row_axis), out=codes)
 
 
 class DynamicFakeQuantize(torch.autograd.Function):
@@ -127,7 +130,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         return (exact / scale).round_().mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

@@ -146,7 +146,9 @@ def test_objective_is_the_weighted_sum_and_padding_adds_nothing(objective):
     objective, teacher = objective
     ids, labels = torch.randint(31, (3, 8)), torch.randint(31, (3, 8))
     loss, gradient = losses(objective, teacher, ids, labels)
-    assert loss.total.item() == pytest.approx(0.7 * loss.parts["task"].item() + 1.3 * loss.parts["logits"].item() + 0.5 * loss.parts["contrast"].item(), rel=1e-6)
+    assert loss.total.item() == pytest.approx(
+        0.7 * loss.parts["task"].item() + 1.3 * loss.parts["logits"].item() + 0.5 * loss.parts["contrast"].item(), rel=1e-6
+    )
     padded_ids = torch.cat([ids, torch.zeros(3, 8, dtype=torch.long)], 1)
     padded_labels = torch.cat([labels, torch.full((3, 8), -100)], 1)
     padded, padded_gradient = losses(objective, teacher, padded_ids, padded_labels)

@@ -1,0 +1,143 @@
+"""The artifact computes what was trained, and refuses to load when anything about it is wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import dqtrain
+from dqtrain.artifact import format, parity
+from dqtrain.artifact.load import load_artifact
+from dqtrain.config import Quant
+from dqtrain.errors import CheckpointError, ConfigError
+from dqtrain.models import load_model
+from dqtrain.quant.modules import quantize_model, quantized_parameters
+from dqtrain.quant.pack import packed_bytes
+
+
+def settings(linears=2, embeddings=2, positions=8, activations=8, scale_dtype="portable"):
+    def weights(bits, granularity):
+        return None if bits is None else {"bits": bits, "granularity": granularity}
+
+    return Quant.model_validate(
+        {
+            "linears": weights(linears, "per_tensor"),
+            "embeddings": weights(embeddings, "per_row"),
+            "positions": weights(positions, "per_row"),
+            "activations": activations and {"bits": activations},
+            "scale_dtype": scale_dtype,
+        }
+    )
+
+
+def write(world, folder, quant):
+    """A quantized copy of the tiny teacher with scales that training has moved, written as an artifact."""
+    model = load_model(world / "teacher")
+    quantize_model(model, quant)
+    torch.manual_seed(1)
+    for _, weight, gamma, _ in quantized_parameters(model):
+        gamma.data *= torch.rand_like(gamma) + 0.5
+        weight.data[0] = 0  # a row of zeros
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(world / "teacher" / file, folder)
+    format.write(model, folder, {"activation_bits": quant.activations.bits if quant.activations else None})
+    return model
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        settings(),
+        settings(4, 8, None),
+        settings(8, None, 8),
+        settings(2, 2, 8, activations=None),
+        settings(2, 4, 8, scale_dtype="fp32"),
+    ],
+    ids=["2-2-8", "4-8-8, float positions", "8-float-8", "2-2-float", "2-4-8, fp32 scales"],
+)
+def test_artifact_is_bit_identical(world, tmp_path, quant):
+    model = write(world, tmp_path / "packed", quant)
+    figures = parity.verify(model, tmp_path / "packed")
+    assert figures["relative_logit_difference"] == 0.0
+    assert figures["tensors_bit_identical"] == len([name for name, _ in model.named_parameters() if not name.endswith("gamma")])
+    loaded = dqtrain.load_artifact(tmp_path / "packed")
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight  # stored and loaded once
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        out = loaded.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        expected = model.eval().generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(out, expected)
+
+
+def test_file_is_as_small_as_its_codes(world, tmp_path):
+    model = write(world, tmp_path / "packed", settings())
+    about = json.loads((tmp_path / "packed/artifact.json").read_text())
+    codes = sum(packed_bytes(weight.numel(), quantizer.bits) for _, weight, _, quantizer in quantized_parameters(model))
+    scales = sum(2 * gamma.numel() for _, _, gamma, _ in quantized_parameters(model))
+    quantized = {name for name, *_ in quantized_parameters(model)}
+    floats = sum(4 * p.numel() for name, p in model.named_parameters() if name not in quantized and not name.endswith("gamma"))
+    header = int.from_bytes((tmp_path / "packed/model.safetensors").read_bytes()[:8], "little") + 8
+    assert about["sizes"]["packed_bytes"] == (tmp_path / "packed/model.safetensors").stat().st_size == codes + scales + floats + header
+
+
+def test_transformers_alone_does_not_load_it_as_weights(world, tmp_path):
+    write(world, tmp_path / "packed", settings(8, 8, 8))
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert "transformer.wte.weight" in report["missing_keys"]
+
+
+@pytest.fixture
+def packed(world, tmp_path):
+    write(world, tmp_path / "packed", settings())
+    return tmp_path / "packed"
+
+
+def test_flipped_byte_is_refused(packed):
+    content = bytearray((packed / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    (packed / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="a byte was changed"):
+        load_artifact(packed)
+
+
+def test_truncated_file_is_refused(packed):
+    content = (packed / "model.safetensors").read_bytes()
+    (packed / "model.safetensors").write_bytes(content[:-7])
+    with pytest.raises(CheckpointError, match=rf"has {len(content) - 7} bytes, artifact.json says {len(content)}"):
+        load_artifact(packed)
+
+
+def edit(packed, change):
+    about = json.loads((packed / "artifact.json").read_text())
+    change(about)
+    (packed / "artifact.json").write_text(json.dumps(about))
+
+
+def test_other_version_is_refused(packed):
+    edit(packed, lambda about: about.update(format=99))
+    with pytest.raises(CheckpointError, match="has format 99, this dqtrain reads 1"):
+        load_artifact(packed)
+
+
+def test_missing_tensor_is_refused(packed):
+    edit(packed, lambda about: about["packed"].update({"transformer.extra.weight": {"shape": [2, 2], "bits": 2, "granularity": "per_row", "row_axis": 0}}))
+    with pytest.raises(CheckpointError, match=r"transformer\.extra\.weight"):
+        load_artifact(packed)
+
+
+def test_no_artifact_is_refused(tmp_path, world):
+    with pytest.raises(CheckpointError, match=r"artifact\.json: cannot be read"):
+        load_artifact(world / "teacher")
+    with pytest.raises((CheckpointError, ConfigError)):
+        load_artifact(tmp_path)
+
+
+def test_verify_notices_one_changed_weight(world, tmp_path):
+    model = write(world, tmp_path / "packed", settings())
+    model.transformer.h[0].attn.c_attn.weight.data[3, 5] += 1.0
+    with pytest.raises(CheckpointError, match=r"c_attn\.weight is not what was trained"):
+        parity.verify(model, tmp_path / "packed")

@@ -1,0 +1,128 @@
+"""Tiny real things: a tokenizer, a corpus, a teacher; and real runs of them through the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WORDS = "the a cat dog bird sees finds eats red small old house tree river and then slowly under over".split()
+
+
+def write_corpus(path: Path, num_lines: int, seed: int) -> Path:
+    """A jsonl file of made-up sentences, with enough structure to be learned."""
+    import random
+
+    draw = random.Random(seed)
+    lines = [" ".join(WORDS[(i * 3 + draw.randrange(4)) % len(WORDS)] for i in range(draw.randrange(8, 30))) for _ in range(num_lines)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with train.jsonl, validation.jsonl, test.jsonl, tokenizer/ and teacher/ (GPT-2 shape: Conv1D, tied head)."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from dqtrain.data.prepare import load_tokenizer, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("world")
+    for seed, (split, lines) in enumerate({"train": 400, "validation": 30, "test": 30}.items()):
+        write_corpus(folder / f"{split}.jsonl", lines, seed)
+    train_tokenizer(str(folder / "train.jsonl"), "text", 300, folder / "tokenizer")
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300, n_positions=32, bos_token_id=0, eos_token_id=0, resid_pdrop=0.1, embd_pdrop=0.1)
+    GPT2LMHeadModel(config).save_pretrained(folder / "teacher")
+    load_tokenizer(folder / "tokenizer").save_pretrained(folder / "teacher")
+    return folder
+
+
+def config_text(world: Path, run: Path, **changes: str) -> str:
+    """A complete small config; `changes` replace whole blocks."""
+    blocks = {
+        "run": f"{{dir: {run}, seed: 5}}",
+        "teacher": f"{{path: {world / 'teacher'}}}",
+        "data": f"{{train: {world}/train.jsonl, validation: {world}/validation.jsonl, test: {world}/test.jsonl, tokens_per_sample: 16, shards: {world}/shards}}",
+        "train": "{steps: 8, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.01}",
+        "zero": "{student: 3, teacher: 3}",
+        "quant": "{linears: {bits: 2, granularity: per_tensor}, embeddings: {bits: 2, granularity: per_row}, "
+        "positions: {bits: 8, granularity: per_row}, activations: {bits: 8}}",
+        "distill": "{logits: 1.0, contrast: {weight: 0.1, negatives: 4}}",
+        "eval": "{every_steps: 4}",
+        "checkpoint": "{every_steps: 3}",
+        "log": "{every_steps: 2}",
+    } | changes
+    return "".join(f"{name}: {text}\n" for name, text in blocks.items())
+
+
+class Run:
+    """One run through the command line, in processes of its own."""
+
+    def __init__(self, path: Path, config: Path) -> None:
+        self.path, self.config = path, config
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "dqtrain", *arguments]
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        return subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**env, "OMP_NUM_THREADS": "1"})
+
+    def dqtrain(self, *arguments: str) -> tuple[int, str]:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    def train(self, *overrides: str, ranks: int = 2) -> tuple[int, str]:
+        return self.dqtrain("train", str(self.config), *overrides, "--ranks", str(ranks))
+
+    def log(self) -> list[dict]:
+        """Log lines without the fields that differ between two equal runs."""
+        from dqtrain.metrics import TIMING
+
+        return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in (self.path / "log.jsonl").read_text().splitlines()]
+
+    def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
+        """Until the log shows a step."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            log = self.path / "log.jsonl"
+            if log.exists() and any(json.loads(line)["step"] >= step for line in log.read_text().splitlines() if line.endswith("}")):
+                return
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        raise AssertionError(f"step {step} was not reached")
+
+    def rank_pids(self) -> dict[int, int]:
+        """rank -> pid of the live processes of this run."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = dict(item.split("=", 1) for item in (folder / "environ").read_text().split("\0") if "=" in item)
+                if str(self.path) in (folder / "cmdline").read_text() and "RANK" in environment:
+                    found[int(environment["RANK"])] = int(folder.name)
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture
+def make_run(world, tmp_path):
+    """Write a config and give its Run."""
+
+    def make(name: str = "run", **changes: str) -> Run:
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(config_text(world, tmp_path / name, **changes))
+        return Run(tmp_path / name, config)
+
+    return make
+
+
+@pytest.fixture
+def signals():
+    return signal

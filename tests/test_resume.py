@@ -1,0 +1,89 @@
+"""The test of the project: an interrupted and resumed run has the log of an uninterrupted one, bit for bit."""
+
+import json
+import os
+import signal
+
+import pytest
+
+LONG = "{steps: 30, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.01}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    """(config text for a run directory, log) of a 30-step run of 2 ranks under ZeRO-3, dropout on."""
+    from conftest import Run, config_text
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "run.yaml").write_text(config_text(world, folder / "run", train=LONG))
+    run = Run(folder / "run", folder / "run.yaml")
+    code, output = run.train()
+    assert code == 0, output
+    return run
+
+
+def test_uninterrupted_run_is_whole(uninterrupted):
+    log = uninterrupted.log()
+    steps = [line for line in log if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(2, 31, 2))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert {"logits", "contrast", "gradient_norm"} <= steps[0].keys()
+    assert [line["step"] for line in log if "validation_loss" in line] == [4, 8, 12, 16, 20, 24, 28, 30]
+    result = json.loads((uninterrupted.path / "result.json").read_text())
+    assert result["export"]["parity"]["relative_logit_difference"] <= 1e-5
+    assert 0 <= result["test"]["agreement"] <= 1
+    assert not (uninterrupted.path / "owner.json").exists()
+    assert list((uninterrupted.path / "tensorboard").iterdir())
+    # both ranks took part, and both left nothing on the error side
+    assert (uninterrupted.path / "rank-0001.log").read_text().count("Traceback") == 0
+
+
+@pytest.mark.parametrize("which", ["one rank, SIGUSR1", "Ctrl-C"])
+def test_announced_stop_saves_and_continues_bit_for_bit(uninterrupted, make_run, which):
+    run = make_run(train=LONG)
+    process = run.start("train", str(run.config), "--ranks", "2")
+    run.wait_for_step(6, process)
+    if which == "Ctrl-C":
+        process.send_signal(signal.SIGINT)
+    else:
+        os.kill(run.rank_pids()[1], signal.SIGUSR1)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    assert f"dqtrain resume {run.path}" in output
+    stopped_at = int(output.split("stopped after step ")[1].split()[0])
+    assert (run.path / "checkpoints" / "LATEST").read_text().strip() == f"step-{stopped_at:09d}"
+    code, output = run.dqtrain("resume", str(run.path))
+    assert code == 0, output
+    assert run.log() == uninterrupted.log()
+    assert json.loads((run.path / "result.json").read_text())["test"] == json.loads((uninterrupted.path / "result.json").read_text())["test"]
+
+
+def test_killed_rank_ends_the_run_and_the_resumed_one_repeats_no_number(uninterrupted, make_run):
+    run = make_run(train=LONG)
+    process = run.start("train", str(run.config), "--ranks", "2")
+    run.wait_for_step(8, process)
+    os.kill(run.rank_pids()[1], signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode not in (0, 75), output
+    code, output = run.dqtrain("resume", str(run.path))
+    assert code == 0, output
+    assert run.log() == uninterrupted.log()
+
+
+def test_resume_on_other_ranks_and_stage_reads_the_same_samples(uninterrupted, make_run):
+    # Float activations: 8-bit rounding would amplify the order of sums.
+    quant = "{linears: {bits: 2, granularity: per_tensor}, embeddings: {bits: 2, granularity: per_row}, positions: null, activations: null}"
+    whole = make_run("whole", train=LONG, quant=quant)
+    assert whole.train()[0] == 0
+    run = make_run("elastic", train=LONG, quant=quant)
+    process = run.start("train", str(run.config), "--ranks", "2")
+    run.wait_for_step(6, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+    code, output = run.dqtrain("resume", str(run.path), "--ranks", "3")  # 4 micro-batches on 3 ranks: two ranks get an empty one
+    assert code == 0, output
+    for ours, theirs in zip(run.log(), whole.log(), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=2e-5 if name != "gradient_norm" else 1e-3), (ours["step"], name)
