@@ -1,6 +1,7 @@
 """RunConfig -> objects: the one place where a knob becomes an argument."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from dqtrain import checkpoint
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import RunConfig
-from dqtrain.data.prepare import load_tokenizer, prepare, read_index, train_tokenizer
+from dqtrain.data.prepare import load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
 from dqtrain.data.stream import IGNORED, Stream
 from dqtrain.distill.objective import Objective
 from dqtrain.engine import StudentEngine, TeacherEngine
@@ -59,7 +60,8 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
         student.config.save_pretrained(run.student)
         if student.generation_config is not None:
             student.generation_config.save_pretrained(run.student)
-        loaded.save_pretrained(run.student)
+        for file in tokenizer_files(tokenizer):
+            shutil.copy(file, run.student)  # as it is, so that its hash, and with it the shards, stay the same
         if coverage is not None:
             write_text(run.coverage, coverage.to_json())
             metrics.say(coverage.table())

@@ -1,6 +1,7 @@
 """An artifact, or any model directory or run, as a transformers model that computes what was trained."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -64,6 +65,7 @@ def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> st
     """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model."""
     tokenizer = load_tokenizer(path)
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]])
+    generate: Any = model.generate
     with torch.no_grad():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(out[0], skip_special_tokens=True)

@@ -45,12 +45,27 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def tokenizer_hash(path: Path) -> str:
-    """Return the sha256 of the files that make a tokenizer: tokenizer.json, or the vocabulary and merges, and tokenizer_config.json."""
-    vocabulary = ["tokenizer.json"] if (path / "tokenizer.json").is_file() else ["vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"]
-    files = [path / name for name in [*vocabulary, "tokenizer_config.json", "special_tokens_map.json"] if (path / name).is_file()]
-    if not files:
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files that make a tokenizer, such as those that a copy of it needs. Raises DataError when there is none."""
+    names = (
+        "tokenizer.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    )
+    files = [path / name for name in names if (path / name).is_file()]
+    if not any(file.name in names[:5] for file in files):
         raise DataError(f"tokenizer {path} holds no tokenizer.json; give a Hugging Face tokenizer directory.")
+    return files
+
+
+def tokenizer_hash(path: Path) -> str:
+    """Return the sha256 of the files that make a tokenizer."""
+    files = tokenizer_files(path)
     return hashlib.sha256(b"".join(file.name.encode() + hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 

@@ -12,8 +12,9 @@ torch runs the inner one alone.
 
 import functools
 import json
+import re
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -158,13 +159,26 @@ class Coverage:
     def table(self) -> str:
         """Aligned text for a terminal."""
         cells = [("parameter", "shape", "weight", "input", "why float")]
-        for row in self.rows:
+        for row in self._grouped():
             weight = f"{row.bits} bit {row.granularity}" if row.bits else "float"
             inputs = f"{row.activation_bits} bit" if row.activation_bits else "float"
             cells.append((row.name, " x ".join(map(str, row.shape)), weight, inputs, row.reason or ""))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
         return "\n".join([*lines, f"{self.fraction:.1%} of the elements of these parameters are quantized; norms and biases stay float."])
+
+    def _grouped(self) -> list[CoverageRow]:
+        """Rows that differ in the numbers of their names alone, as one: layers.0-11.fc1.weight."""
+        groups: dict[tuple[Any, ...], list[CoverageRow]] = {}
+        for row in self.rows:
+            key = (re.sub(r"\d+", "", row.name), row.shape, row.bits, row.granularity, row.activation_bits, row.reason)
+            groups.setdefault(key, []).append(row)
+        result = []
+        for rows in groups.values():
+            first, last = (re.split(r"(\d+)", row.name) for row in (rows[0], rows[-1]))
+            name = "".join(a if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
+            result.append(replace(rows[0], name=name))
+        return result
 
     def to_json(self) -> str:
         """The rows, as JSON that `from_json` reads."""
