@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dqtrain import checkpoint
 from dqtrain.artifact.load import chosen_checkpoint
-from dqtrain.config import RunConfig
+from dqtrain.config import RunConfig, check_ranks
 from dqtrain.data.prepare import load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
 from dqtrain.data.stream import IGNORED, Stream
 from dqtrain.distill.objective import Objective
@@ -22,19 +22,14 @@ from dqtrain.files import write_text
 from dqtrain.metrics import Metrics
 from dqtrain.models import LanguageModel, check_length, check_vocabulary, empty_model, load_model, new_model
 from dqtrain.quant.modules import Coverage, quantize_model
-from dqtrain.rundir import RunDir, model_directory
+from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.trainer import Trainer
 from dqtrain.world import World, broadcast_object
 
 
 def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     """Make everything a run needs, from its config alone. Collective: rank 0 prepares the data while the others wait."""
-    count = config.train.global_batch // config.train.micro_batch
-    if count < world.world_size:
-        raise ConfigError(
-            f"a step has {count} micro-batches (train.global_batch {config.train.global_batch} / train.micro_batch {config.train.micro_batch}), which "
-            f"{world.world_size} ranks cannot share; lower train.micro_batch to {max(1, config.train.global_batch // world.world_size)} or start {count} ranks."
-        )
+    check_ranks(config.train, world.world_size)
     metrics = Metrics(run, world, config.train.steps)
     tokenizer = tokenizer_directory(config, run)
     shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
@@ -75,9 +70,10 @@ def tokenizer_directory(config: RunConfig, run: RunDir) -> Path:
         return run.tokenizer
     if config.data.tokenizer is not None:
         return config.data.tokenizer
-    source = config.student.init_from or (config.teacher.path if config.teacher else None)
-    assert source is not None, "config.py asks for a tokenizer where there is no model to take it from"
-    return model_directory(source)
+    if config.student.init_from is not None:
+        return start_directory(config.student.init_from)
+    assert config.teacher is not None, "config.py asks for a tokenizer where there is no model to take it from"
+    return model_directory(config.teacher.path)
 
 
 def prepare_data(config: RunConfig, run: RunDir, say: Callable[[str], None]) -> dict[str, Path]:
@@ -101,7 +97,7 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tupl
         gammas = checkpoint.fill(model, chosen_checkpoint(RunDir(source)))
     else:
         assert source is not None or config.teacher is not None, "config.py asks for one of them"
-        model = load_model(model_directory(source or config.teacher.path))  # type: ignore[union-attr]
+        model = load_model(source or model_directory(config.teacher.path))  # type: ignore[union-attr]
     if config.quant is None:
         return model, None
     coverage = quantize_model(model, config.quant)

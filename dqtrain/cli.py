@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dqtrain.config import RunConfig, load_config
+from dqtrain.config import RunConfig, check_ranks, load_config
 from dqtrain.errors import ConfigError, UserError
-from dqtrain.rundir import RunDir, model_directory
+from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.signals import stop_at_once
 from launch.local import run_ranks
 
@@ -65,11 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_paths(config: RunConfig) -> None:
     """Refuse what a look at the file system shows, before torch is imported and ranks are started."""
-    for path in (config.teacher.path if config.teacher else None, config.student.init_from):
-        if path is not None:
-            folder = model_directory(path)
-            if not (folder / "config.json").is_file():
-                raise ConfigError(f"{folder}: no config.json there. Give a Hugging Face model directory, or a finished unquantized run.")
+    folders = [model_directory(config.teacher.path)] if config.teacher else []
+    folders += [start_directory(config.student.init_from)] if config.student.init_from else []
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder}: no config.json there. Give a Hugging Face model directory, or a finished run.")
     for source in (config.data.train, config.data.validation, config.data.test):
         for name in (source,) if isinstance(source, str) else source or ():
             if not name.startswith("builtin:") and not Path(name).is_file():
@@ -82,6 +82,7 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
     if ranks < 1:
         raise ConfigError(f"--ranks is {ranks}; give 1 or more.")
     _check_paths(config)
+    check_ranks(config.train, ranks)
     run = RunDir(config.run.dir)
     run.refuse_if_owned()
     run.claim(config)

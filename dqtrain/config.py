@@ -229,6 +229,17 @@ class RunConfig(Block):
         return self
 
 
+def check_ranks(train: Train, world_size: int) -> None:
+    """Raise ConfigError when a step has fewer micro-batches than there are ranks: some would never have work."""
+    count = train.global_batch // train.micro_batch
+    if count < world_size:
+        smaller = max(d for d in range(1, max(1, train.global_batch // world_size) + 1) if train.global_batch % d == 0)
+        raise ConfigError(
+            f"a step has {count} micro-batches (train.global_batch {train.global_batch} / train.micro_batch {train.micro_batch}), which {world_size} ranks "
+            f"cannot share; set train.micro_batch to {smaller}, or start at most {count} ranks."
+        )
+
+
 PASSIVE = frozenset({"run.dir", "log.every_steps", "checkpoint.every_steps", "checkpoint.keep_last", "eval.every_steps", "eval.max_samples", "data.shards"})
 """Fields that may change when a run continues: they move no number of the training."""
 

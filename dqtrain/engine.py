@@ -155,8 +155,14 @@ class StudentEngine:
         return float(self._engine.get_global_grad_norm())
 
     def learning_rates(self) -> dict[str, float]:
-        """Current learning rate of each parameter group."""
-        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+        """Current learning rate of each parameter group, as lr_GROUP."""
+        return {f"lr_{group['name']}": group["lr"] for group in self._optimizer.param_groups}
+
+    def scales(self) -> dict[str, Tensor]:
+        """Every learned gamma, [1] or [rows], by the name of its parameter. Collective."""
+        gammas = {name: p for name, p in self.module.named_parameters() if name.endswith("weight_gamma")}
+        with deepspeed.zero.GatheredParameters(list(gammas.values()), enabled=self.stage == 3):
+            return {name.removeprefix("student.model."): gamma.detach().cpu().clone() for name, gamma in gammas.items()}
 
     def fragments(self) -> Iterator[Fragment]:
         """The pieces of trained parameters that this rank owns. No collective."""

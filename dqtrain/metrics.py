@@ -38,7 +38,7 @@ class Progress:
     def show(self, line: dict[str, Any]) -> None:
         """Show a log line: bar and percent, step, the values, tokens per second, and the time left as h:mm:ss."""
         step = line["step"]
-        values = "  ".join(f"{name} {value:<9.4g}" for name, value in line.items() if name not in ("step", "tokens", *TIMING))
+        values = "  ".join(f"{name} {value:<9.4g}" for name, value in line.items() if name not in ("step", "tokens", *TIMING) and not name.startswith("lr_"))
         text = f"{step / self._total_steps:4.0%} {step:>{len(str(self._total_steps))}}/{self._total_steps}"
         text += f"  {values}  {line['tokens_per_s']:,.0f} tokens/s  {_clock(line['eta_s'])} left"
         if self._in_place:
@@ -117,10 +117,13 @@ class Metrics:
             self._progress.close()
             print(message, flush=True)
 
-    def histogram(self, name: str, tensor: Tensor, step: int) -> None:
-        """Show the values of a tensor in TensorBoard; nothing on other ranks than 0."""
+    def show_scales(self, step: int, scales: dict[str, Tensor]) -> None:
+        """Show learned scales in TensorBoard: the mean of each module's, and how those of its rows are spread."""
         if self._world.rank == 0:
-            self._tensorboard().add_histogram(name, tensor.detach(), step)
+            for name, scale in scales.items():
+                self._tensorboard().add_scalar(f"gamma/{name}", scale.mean(), step)
+                if scale.numel() > 1:
+                    self._tensorboard().add_histogram(f"gamma/{name}", scale, step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the steps that are not logged yet, as plain values, equal on every rank. Collective."""

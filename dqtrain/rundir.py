@@ -347,3 +347,15 @@ def model_directory(path: Path) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"{path} is a quantized run, which has no float model. Name an unquantized run, or a Hugging Face directory.")
     return folder
+
+
+def start_directory(path: Path) -> Path:
+    """Where config and tokenizer of `student.init_from` are: a Hugging Face directory itself; for a finished run, quantized or not, its student's.
+
+    Raises CheckpointError for an unfinished run.
+    """
+    run = RunDir(path)
+    if not run.config.is_file():
+        return path
+    run.load_result()
+    return run.student

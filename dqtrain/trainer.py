@@ -130,7 +130,8 @@ class Trainer:
                 self.save()
 
     def save(self) -> None:
-        """Commit a checkpoint of this step. Collective."""
+        """Commit a checkpoint of this step, and show the learned scales. Collective."""
+        self.metrics.show_scales(self.step, self.student.scales())
         state = {"step": self.step, "best": self.best, "pending_metrics": self.metrics.state(), "config": self.config.model_dump(mode="json")}
         checkpoint.save(self.run.checkpoints, self.step, self.world.rank, self.student, state, self.config.checkpoint.keep_last)
 

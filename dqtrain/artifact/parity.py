@@ -35,7 +35,8 @@ def verify(trained: PreTrainedModel, folder: Path) -> dict[str, Any]:
                 f"{folder}: {name} is not what was trained (largest difference {difference}); do not use this artifact, and report this as a bug."
             )
     vocab_size = trained.config.vocab_size
-    ids = torch.randint(vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    tokens = min(32, getattr(trained.config, "max_position_embeddings", 32))
+    ids = torch.randint(vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
     here = torch.ones_like(ids, dtype=torch.bool)
     trained.eval()
     ours, theirs = LanguageModel(trained)(ids, here).logits, LanguageModel(loaded)(ids, here).logits

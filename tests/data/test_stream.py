@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dqtrain.data.prepare import prepare, train_tokenizer
 from dqtrain.data.shard import Shard, write_shard
-from dqtrain.data.stream import Stream, check_vocabulary, permute
+from dqtrain.data.stream import Stream, permute
 from dqtrain.errors import DataError
 
 seeds = st.integers(0, 2**31 - 1)
@@ -62,18 +62,17 @@ def test_permute_is_the_same_everywhere():
 def test_each_token_is_a_label_once_and_padding_is_none(folder, tokens_per_sample):
     stream = Stream(folder, tokens_per_sample, seed=0, shuffle=False)
     rows = [stream.sample(i) for i in range(stream.num_samples)]
-    for ids, labels, mask in rows:
-        n = int(mask.sum())
+    for ids, labels in rows:
+        n = int((labels != -100).sum())
         assert n > 0
-        assert mask.tolist() == [1] * n + [0] * (tokens_per_sample - n)
         assert (ids[1:n] == labels[: n - 1]).all()
         assert (ids[n:] == 0).all() and (labels[n:] == -100).all()
         assert (labels[:n] >= 0).all()
     shards = [Shard(path) for path in sorted(folder.glob("*.bin"))]
     assert len(shards) == 3
     tokens = [shard.read(0, shard.num_tokens) for shard in shards]
-    assert np.concatenate([labels[mask == 1] for _, labels, mask in rows]).tolist() == np.concatenate([t[1:] for t in tokens]).tolist()
-    assert np.concatenate([ids[mask == 1] for ids, _, mask in rows]).tolist() == np.concatenate([t[:-1] for t in tokens]).tolist()
+    assert np.concatenate([labels[labels != -100] for _, labels in rows]).tolist() == np.concatenate([t[1:] for t in tokens]).tolist()
+    assert np.concatenate([ids[labels != -100] for ids, labels in rows]).tolist() == np.concatenate([t[:-1] for t in tokens]).tolist()
 
 
 @settings(max_examples=30, deadline=None)
@@ -87,12 +86,12 @@ def test_every_sample_comes_once_per_epoch_for_any_world(folder, world_size, acc
         for step in range(num_steps):
             for j in range(rank * accumulation, (rank + 1) * accumulation):
                 batch = stream.micro_batch(step, j, global_batch, micro_batch)
-                assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (micro_batch, 16)
+                assert batch.input_ids.shape == batch.labels.shape == (micro_batch, 16)
                 for row, (ids, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
                     rows.setdefault(step * global_batch + j * micro_batch + row, []).append((*ids, *labels))
     assert all(len(seen) == 1 for seen in rows.values())
     run = [rows[position][0] for position in range(num_steps * global_batch)]
-    every_sample = sorted((*ids, *labels) for ids, labels, _ in map(stream.sample, range(stream.num_samples)))
+    every_sample = sorted((*ids, *labels) for ids, labels in map(stream.sample, range(stream.num_samples)))
     n = stream.num_samples
     assert sorted(run[:n]) == sorted(run[n : 2 * n]) == every_sample
     assert run[:n] != run[n : 2 * n]
@@ -115,14 +114,7 @@ def test_without_shuffle_the_order_is_the_corpus(folder):
     n = stream.num_samples
     batch = stream.batch(range(n - 2, n + 2))
     assert [ids.tolist() for ids in batch.input_ids] == [stream.sample(i)[0].tolist() for i in (n - 2, n - 1, 0, 1)]
-    assert {array.dtype for array in (batch.input_ids, batch.attention_mask, batch.labels)} == {np.dtype(np.int64)}
-
-
-def test_the_vocabulary_must_fit_the_model(folder):
-    check_vocabulary(folder, 260)
-    with pytest.raises(DataError, match=r"a vocabulary of 260 tokens, but the model has 259\. Set data\.tokenizer"):
-        check_vocabulary(folder, 259)
-    assert Stream(folder, 16, 0, True).vocab_size == 260
+    assert {array.dtype for array in (batch.input_ids, batch.labels)} == {np.dtype(np.int64)}
 
 
 @pytest.fixture
