@@ -97,6 +97,7 @@ def save(root: Path, step: int, rank: int, engine: StudentEngine, state: dict[st
                 partial.rename(final)
                 sync_path(root)
                 write_text(root / "LATEST", _name(step) + "\n")
+                shutil.rmtree(root / f".old-{_name(step)}", ignore_errors=True)
             except OSError as problem:
                 error = f"rank 0: {problem}"
         error = broadcast_object(error)
@@ -131,7 +132,7 @@ def problem_with(folder: Path) -> str | None:
                 return f"{name} has {found} bytes, the manifest says {size}"
             if digest(folder / name) != expected:
                 return f"{name} does not have the hash in the manifest"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # no file, no JSON, or JSON of another shape
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -59,7 +59,14 @@ def _deepspeed_config(stage: int, train: Train, zero: Zero) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": zero.persistence_threshold, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "stage3_param_persistence_threshold": zero.persistence_threshold,
+            # Elements that stay gathered between forward and backward: a small student keeps all of its own, and saves the second gather.
+            "stage3_max_live_parameters": 10**9,
+            "stage3_max_reuse_distance": 10**9,
+        },
     }
 
 

@@ -93,7 +93,8 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
         places = dict(model.named_parameters())
         names = set()
         for name, weight, _, quantizer in quantized_parameters(quantized):
-            places[name].data.copy_(round_to_nearest(weight.detach(), quantizer.bits, quantizer.granularity, quantizer.row_axis, kind))
+            rule = "mse" if kind == "mean_abs" and quantizer.bits != 2 else kind  # mean_abs is a rule for ternary codes
+            places[name].data.copy_(round_to_nearest(weight.detach(), quantizer.bits, quantizer.granularity, quantizer.row_axis, rule))
             names.add(name)
         quantize_inputs(model, names, config.quant.activations.bits)
         found[kind] = evaluate(LanguageModel(model), stream, 16, world).loss

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models import LanguageModel
 from dqtrain.quant.modules import quantize_model
+from dqtrain.trainer import seed_micro_batch
 from dqtrain.world import World, barrier, init_world, sum_over_ranks
 
 VOCAB, TOKENS, SAMPLES = 97, 12, 2
@@ -38,7 +38,7 @@ FACTORS = [1.0, 0.5, 0.25]
 # As many negatives as there are other tokens: nothing is drawn, and the reference may join the micro-batches into one.
 DISTILL = Distill(task=0.5, logits=1.0, contrast=Contrast(weight=0.1, negatives=TOKENS - 1))
 # A large eps: with the default one AdamW's first steps are signs, which turn rounding into whole steps.
-TRAIN = Train(steps=3, global_batch=8, micro_batch=2, lr=1e-2, scale_lr=3e-3, weight_decay=0.1, adam_eps=1e-2, grad_clip=0.5)
+TRAIN = Train(steps=3, global_batch=8, micro_batch=2, lr=1e-2, scale_lr=5e-2, weight_decay=0.1, adam_eps=1e-2, grad_clip=0.5)
 
 
 def micro_batches(step: int) -> list[tuple[Tensor, Tensor]]:
@@ -78,9 +78,8 @@ def student_module(seed: int = 2, activations: bool = False, precision: str = "f
 
 
 def held_whole(module: torch.nn.Module) -> list[str]:
-    """Parameters that are not partitioned now, and quantized weights left behind by a forward."""
-    whole = [name for name, p in module.named_parameters() if p.ds_status.name != "NOT_AVAILABLE" or p.numel()]  # type: ignore[attr-defined]
-    return whole + [name for name, child in module.named_modules() if "weight" in child.__dict__]
+    """Parameters that are not partitioned now."""
+    return [name for name, p in module.named_parameters() if p.ds_status.name != "NOT_AVAILABLE" or p.numel()]  # type: ignore[attr-defined]
 
 
 class Trained:
@@ -94,20 +93,23 @@ class Trained:
         self.teacher = TeacherEngine(self.taught, train, zero, world)
         self.student = StudentEngine(student_module(seed, activations, precision), train, zero, world)
         self.terms: list[dict[str, float]] = []
-        self.whole: dict[str, set[str]] = {"student": set(), "teacher": set()}
+        self.whole: dict[str, set[str]] = {"student": set(), "teacher": set(), "left behind": set()}
 
     def train(self, *steps: int) -> None:
         for step in steps:
             self.student.mode(training=True)
             batches = micro_batches(step)
             sums = {name: torch.zeros(1) for name in ("total", "task", "logits", "contrast")}
-            for ids, labels in batches[self.world.rank :: self.world.world_size]:
+            for j in range(self.world.rank, len(batches), self.world.world_size):
+                ids, labels = batches[j]
+                seed_micro_batch(1, step, j)  # the order in which negatives are drawn is the order of a sum
                 taught = self.teacher(ids, labels != IGNORED)
                 if self.zero.teacher == 3:
                     self.whole["teacher"].update(held_whole(self.taught))
                 loss = self.student(ids, labels, taught)
                 if self.stage == 3:
                     self.whole["student"].update(held_whole(self.student.module))
+                    self.whole["left behind"].update(name for name, module in self.student.module.named_modules() if "weight" in module.__dict__)
                 self.student.backward(loss.total * self.world.world_size / sum(NUM_TARGETS[step]))
                 for name, value in {"total": loss.total.detach(), **loss.parts}.items():
                     sums[name] += value / sum(NUM_TARGETS[step])
@@ -148,6 +150,20 @@ def train(world: World, folder: Path, name: str, **how: Any) -> None:
     }
     (folder / f"{name}-{world.rank}.json").write_text(json.dumps(report))
     run.student.destroy()
+
+
+def release(world: World, folder: Path, name: str) -> None:
+    """`train` at stage 3, where DeepSpeed lets go of a parameter as soon as its module has run: it would keep 1e9 elements for backward."""
+    usual = engine._deepspeed_config
+
+    def config(*arguments: Any) -> dict[str, Any]:
+        asked = usual(*arguments)
+        asked["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+        return asked
+
+    engine._deepspeed_config = config
+    train(world, folder, name, stage=3, teacher=3)
+    engine._deepspeed_config = usual
 
 
 def teach(world: World, folder: Path, name: str, teacher: int, precision: str) -> None:
@@ -237,6 +253,7 @@ def fill_disk(world: World, folder: Path) -> None:
     except CheckpointError as error:
         message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    barrier()  # rank 0 cleans up
     (folder / f"fill_disk-{world.rank}.json").write_text(json.dumps({"message": message, "names": sorted(path.name for path in root.iterdir())}))
     barrier()
     run.save(root, 3)
@@ -260,11 +277,6 @@ def start_ranks(folder: Path, num_ranks: int, jobs: list[tuple[str, dict[str, An
                 rank.kill()
         output.seek(0)
         assert codes == [0] * num_ranks, f"exit codes {codes}\n{output.read()}"
-
-
-def jobs_of(names: dict[str, dict[str, Any]], job: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One job for each name."""
-    return ((job, {"name": name, **how}) for name, how in names.items())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,181 @@
+"""Two DeepSpeed engines on two ranks equal plain torch in one process: losses, gradient norms, weights, scales and bank."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from engine_worker import DISTILL, FACTORS, NUM_TARGETS, TRAIN, micro_batches, start_ranks, student_module, teacher_module
+from safetensors.torch import load_file
+
+from dqtrain import checkpoint
+from dqtrain.data.stream import IGNORED
+
+CASES = {f"fp32-{stage}-{teacher}": {"stage": stage, "teacher": teacher} for stage in (1, 2, 3) for teacher in (0, 3)}
+CASES["persistent"] = {"stage": 3, "teacher": 3, "threshold": 10**6}
+CASES["released"] = {"stage": 3, "teacher": 3}
+CASES |= {f"codes-{stage}": {"stage": stage, "teacher": 3, "activations": True} for stage in (1, 3)}
+CASES |= {f"bf16-{stage}": {"stage": stage, "teacher": stage % 2 * 3, "precision": "bf16"} for stage in (2, 3)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Folder with what two ranks found in every case."""
+    folder = tmp_path_factory.mktemp("engine")
+    jobs = [("train", {"name": name, **how}) for name, how in CASES.items() if name != "released"] + [("release", {"name": "released"})]
+    jobs += [("teach", {"name": f"teacher-{precision}", "teacher": 3, "precision": precision}) for precision in ("fp32", "bf16")]
+    start_ranks(folder, 2, [*jobs, ("refusals", {})])
+    return folder
+
+
+@cache
+def reference(activations=False, precision="fp32", joined=True):
+    """(terms of each step, weights after them, weights before, outputs) of plain torch; `joined`: the global batch in one forward."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks, so that sums have one order
+    objective, teacher = student_module(activations=activations, precision=precision), teacher_module(precision)
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    groups = [
+        {"params": [p for name, p in objective.named_parameters() if p.ndim == 2], "lr": TRAIN.lr, "weight_decay": TRAIN.weight_decay},
+        {"params": [p for name, p in objective.named_parameters() if p.ndim == 1 and "gamma" not in name], "lr": TRAIN.lr, "weight_decay": 0.0},
+        {"params": [p for name, p in objective.named_parameters() if "gamma" in name], "lr": TRAIN.scale_lr, "weight_decay": 0.0},
+    ]
+    assert all(group["params"] for group in groups)
+    optimizer = torch.optim.AdamW(groups, eps=TRAIN.adam_eps)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    terms = []
+    for step, factor in enumerate(FACTORS):
+        batches = micro_batches(step)
+        if joined:
+            batches = [tuple(torch.cat(parts) for parts in zip(*batches, strict=True))]
+        num_tokens = sum(int((labels != IGNORED).sum()) for _, labels in batches)
+        assert num_tokens == sum(NUM_TARGETS[step])
+        optimizer.zero_grad()
+        sums = dict.fromkeys(("total", "task", "logits", "contrast"), 0.0)
+        for ids, labels in batches:
+            with torch.no_grad():
+                taught = teacher(ids, labels != IGNORED)
+            loss = objective(ids, labels, taught)
+            (loss.total / num_tokens).backward()
+            for name, value in {"total": loss.total.detach(), **loss.parts}.items():
+                sums[name] += float(value) / num_tokens
+        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), TRAIN.grad_clip)
+        assert norm > 2 * TRAIN.grad_clip
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = factor * peak
+        optimizer.step()
+        objective.end_step()
+        terms.append({"gradient_norm": float(norm), **sums})
+    objective.eval()
+    ids = micro_batches(0)[0][0]
+    with torch.no_grad():
+        said = objective.student(ids, torch.ones_like(ids, dtype=torch.bool))
+    torch.set_num_threads(threads)
+    outputs = {"hidden": said.hidden, "logits": said.logits, "bank": objective.contrast.bank, "touched": objective.contrast.touched}
+    return terms, {name: p.detach() for name, p in objective.named_parameters()}, before, outputs
+
+
+def report(found, name, rank=0):
+    return json.loads((found / f"{name}-{rank}.json").read_text())
+
+
+def deviations(found, name):
+    """Largest error of the losses and norms (relative), of the weights and of the scales (both relative to their largest change), of outputs and bank."""
+    how = CASES[name]
+    exact = "activations" not in how and "precision" not in how
+    terms, after, before, outputs = reference(how.get("activations", False), how.get("precision", "fp32"), exact)
+    ours = report(found, name)["terms"]
+    assert [line.keys() for line in ours] == [line.keys() for line in terms]
+    result = {"terms": max(abs(line[key] / value - 1) for line, expected in zip(ours, terms, strict=True) for key, value in expected.items())}
+    trained = dict(checkpoint.weights(found / name / "step-000000003", prefix=""))
+    assert trained.keys() == after.keys()
+    for kind in ("weights", "scales"):
+        names = [key for key in after if key.endswith("weight_gamma") == (kind == "scales")]
+        change = max(float((after[key] - before[key]).abs().max()) for key in names)
+        result[kind] = max(float((after[key] - trained[key]).abs().max()) for key in names) / change
+    said = load_file(found / f"{name}-0.safetensors")
+    assert torch.equal(said["touched"], outputs["touched"])
+    for key in ("hidden", "logits", "bank"):
+        result[key] = float((said[key] - outputs[key]).abs().max() / outputs[key].abs().max())
+    return result
+
+
+# A change of a weight near 1, or of a gamma near 4, is known to 1e-5: fp32 keeps no more digits of their sum.
+EXACT = {"terms": 2e-6, "weights": 3e-5, "scales": 3e-5, "hidden": 1e-5, "logits": 1e-5, "bank": 1e-5}
+# 8-bit rounding and bf16 turn a last bit now and then into a whole step.
+ROUNDED = dict.fromkeys(EXACT, 1e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engines_equal_plain_torch(found, name):
+    limits = EXACT if name.startswith(("fp32", "persistent", "released")) else ROUNDED
+    measured = deviations(found, name)
+    assert all(measured[key] <= limit for key, limit in limits.items()), measured
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_agree_in_every_bit_and_all_state_is_fp32(found, name):
+    ours, theirs = (load_file(found / f"{name}-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ("bank", "touched"))
+    assert ours["touched"].any() and not ours["touched"].all()
+    assert report(found, name, 0)["terms"] == report(found, name, 1)["terms"]
+    for rank in (0, 1):
+        assert report(found, name, rank)["dtypes"] == ["torch.bool", "torch.float32"]  # bool: which rows of the bank were touched
+    expected = {"lr_weights": TRAIN.lr, "lr_vectors": TRAIN.lr, "lr_scales": TRAIN.scale_lr}
+    assert report(found, name)["learning_rates"] == {key: FACTORS[-1] * value for key, value in expected.items()}
+
+
+def test_learned_scales_and_every_term_take_part():
+    terms, after, before, _ = reference()
+    assert all(abs(line[key]) > 0.1 for line in terms for key in line)
+    for line in terms:
+        contrast = DISTILL.contrast.weight * line["contrast"]
+        assert line["total"] == pytest.approx(DISTILL.task * line["task"] + DISTILL.logits * line["logits"] + contrast, rel=1e-6)
+    assert all(not torch.equal(after[key], before[key]) for key in after)
+    for how in ({"activations": True}, {"precision": "bf16"}):  # not the same numbers under another name
+        assert abs(reference(**how, joined=False)[0][-1]["total"] / terms[-1]["total"] - 1) > 10 * EXACT["terms"]
+        assert (reference(**how, joined=False)[3]["logits"] - reference()[3]["logits"]).abs().max() > 10 * ROUNDED["logits"]
+
+
+def test_a_quantized_weight_leaves_no_dense_copy(found):
+    for rank in (0, 1):
+        assert report(found, "released", rank)["whole"] == {"student": [], "teacher": [], "left behind": []}
+        persistent = report(found, "persistent", rank)["whole"]
+        assert persistent["student"] and persistent["teacher"], "the probe sees parameters that are whole"
+        assert not any(report(found, name, rank)["whole"]["left behind"] for name in CASES)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_partitioned_teacher_equals_plain_torch(found, precision):
+    module = teacher_module(precision)
+    for rank in (0, 1):
+        said = load_file(found / f"teacher-{precision}-{rank}.safetensors")
+        for j, (ids, labels) in enumerate(micro_batches(0)):
+            with torch.no_grad():
+                expected = module(ids, labels != IGNORED)
+            torch.testing.assert_close(said[f"hidden-{j}"], expected.hidden, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(said[f"logits-{j}"], expected.logits, rtol=1e-6, atol=1e-6)
+
+
+def test_teacher_is_released_after_forward_and_has_no_gradient(found):
+    for name, how in CASES.items():
+        for rank in (0, 1):
+            assert report(found, name, rank)["teacher_gradients"] == 0
+            if how["teacher"] == 3 and "threshold" not in how:
+                assert report(found, name, rank)["whole"]["teacher"] == []
+
+
+def test_an_engine_that_did_not_start_as_asked_is_refused(found):
+    refusals = json.loads((found / "refusals.json").read_text())
+    assert refusals["nothing else"] is None
+    assert "zero_optimization.stage is 3, asked 2" in refusals["stage"]
+    assert "gradient_clipping is 0.5, asked 0.25" in refusals["clip"]
+    assert "train_micro_batch_size_per_gpu is 2, asked 5" in refusals["micro_batch"]
+    assert "stage3_param_persistence_threshold is 7, asked 8" in refusals["threshold"]
+    assert all("student" in message for message in refusals.values() if message and "asked" in message)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_private_name_that_moved_is_named(found, stage):
+    message = json.loads((found / "refusals.json").read_text())[f"private name at stage {stage}"]
+    assert "a_name_that_moved" in message and "constraints.txt" in message
