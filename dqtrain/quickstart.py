@@ -4,10 +4,12 @@ Each phase is a run or a file of its own, complete or absent, so that an interru
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from dqtrain.config import RunConfig, load_config
 from dqtrain.data.corpus import stdlib_summary
@@ -18,6 +20,8 @@ from dqtrain.rundir import RunDir
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RANKS = 2
 PROMPT = "    def __init__(self, "
+SCALES: tuple[Literal["minmax", "mean_abs", "mse"], ...] = ("minmax", "mean_abs", "mse")
+"""Rules of the scales that weights get when they are rounded without training."""
 TASK_ONLY = ("distill.task=1.0", "distill.logits=0.0", "distill.contrast=null")
 
 
@@ -87,7 +91,7 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
     quantized = load_model(model_directory(config.teacher.path))
     quantize_model(quantized, config.quant)
     found = {"unigram entropy": unigram_entropy(stream)}
-    for kind in ("minmax", "mean_abs", "mse"):
+    for kind in SCALES:
         print(f"   round-to-nearest with {kind} scales, on the test split", flush=True)
         model = load_model(model_directory(config.teacher.path))
         places = dict(model.named_parameters())
@@ -108,11 +112,9 @@ def _tokens_per_s(run: RunDir) -> float:
 
 
 def _print_table(runs: dict[str, RunDir], baselines: dict[str, float]) -> None:
-    import math
-
     results = {name: run.load_result() for name, run in runs.items()}
     distilled = results["student"]
-    kind = min(("minmax", "mean_abs", "mse"), key=lambda kind: baselines[kind])
+    kind = min(SCALES, key=lambda kind: baselines[kind])
     teacher_bytes, student_bytes = results["teacher"]["export"]["bytes"], distilled["export"]["bytes"]
     teacher_loss = distilled["test"]["teacher_loss"]
     rows: list[tuple[str, float, int, float | None, float | None]] = [("teacher (fp32)", teacher_loss, teacher_bytes, None, _tokens_per_s(runs["teacher"]))]
