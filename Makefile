@@ -1,6 +1,7 @@
 # make quickstart   install, then train a small teacher and compress it (10 minutes)
 # make test         install, then lint, import rules, types and the fast tests
 # make check        make test, then the long tests; what CI runs
+# make soak         hours: a run killed again and again (KILLS=200 SEED=1)
 #
 # Another torch build:  make quickstart TORCH="--index-url URL_OF_THAT_BUILD torch==2.13.0"
 # Another Python:       make quickstart PYTHON=python3.12
@@ -40,3 +41,9 @@ test: $(STAMP)
 
 check: test
 	echo "pytest, the long ones"; $(BIN)/pytest -m slow
+
+KILLS ?= 200
+SEED ?= 1
+soak: $(STAMP)
+	echo "soak: $(KILLS) kills, seed $(SEED), commit $$(git rev-parse --short HEAD)"
+	SOAK_KILLS=$(KILLS) SOAK_SEED=$(SEED) $(BIN)/pytest -m slow tests/test_checkpoint.py -k killed_at_any_moment -s

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
-    train.add_argument("--ranks", type=int, help="processes to start here (default 1); under srun or torchrun each process is one rank already")
+    train.add_argument("--ranks", type=int, help="processes to start here (default 1); under torchrun each process is one rank already")
     resume = command("resume", "continue a run the way it was started", "dqtrain resume runs/mine")
     resume.add_argument("run", type=Path, help="run directory")
     resume.add_argument("--ranks", type=int, help="another number of processes")

@@ -291,14 +291,19 @@ def test_a_full_disk_ends_a_run_with_its_own_code(make_run):
     assert whole(folder)["steps"] == int(folder.name.removeprefix("step-"))
 
 
+KILLS, SEED = int(os.environ.get("SOAK_KILLS", "6")), int(os.environ.get("SOAK_SEED", "7"))
+"""`make soak` asks for hundreds."""
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_no_broken_checkpoint_and_repeats_no_number(make_run):
-    uninterrupted = make_run("uninterrupted", train=TRAIN, checkpoint="{every_steps: 1}", eval="{}")
+    train = re.sub(r"steps: \d+", f"steps: {max(30, 4 * KILLS)}", TRAIN, count=1)
+    uninterrupted = make_run("uninterrupted", train=train, checkpoint="{every_steps: 1}", eval="{}")
     code, output = uninterrupted.train()
     assert code == 0, output
-    run, draw = make_run(train=TRAIN, checkpoint="{every_steps: 1}", eval="{}"), random.Random(7)
+    run, draw = make_run(train=train, checkpoint="{every_steps: 1}", eval="{}"), random.Random(SEED)
     command = ("train", str(run.config), "--ranks", "2")
-    for _ in range(6):
+    for _ in range(KILLS):
         before = visible(run)[-1:]
         process = run.start(*command)
         while visible(run)[-1:] == before:
@@ -315,7 +320,8 @@ def test_killed_at_any_moment_it_leaves_no_broken_checkpoint_and_repeats_no_numb
     assert code == 0, output
     assert run.log() == uninterrupted.log()
     resumed_at = [event["step"] for event in run_events(run) if event["event"] == "resume"]
-    assert len(resumed_at) == 6 and resumed_at == sorted(set(resumed_at))
+    print(f"seed {SEED}: {KILLS} kills, resumed at steps {resumed_at}")
+    assert len(resumed_at) == KILLS and resumed_at == sorted(set(resumed_at))
 
 
 def run_events(run):
