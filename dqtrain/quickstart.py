@@ -19,9 +19,10 @@ from dqtrain.rundir import RunDir
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RANKS = 2
-PROMPT = "    def __init__(self, "
+PROMPT = "    if not isinstance("
 SCALES: tuple[Literal["minmax", "mean_abs", "mse"], ...] = ("minmax", "mean_abs", "mse")
 """Rules of the scales that weights get when they are rounded without training."""
+AGAIN = "`make quickstart` (or `dqtrain quickstart`) goes on from here."
 TASK_ONLY = ("distill.task=1.0", "distill.logits=0.0", "distill.contrast=null")
 
 
@@ -58,12 +59,15 @@ def quickstart(train: Callable[[RunConfig, int], int], seed: int, ablate: bool) 
         code = train(config, RANKS)
         if code != 0:
             if code == Stopped.exit_code:
-                print("saved. `dqtrain quickstart` (or `make quickstart`) goes on from here.")
+                print(AGAIN)
             return code
     runs = {name: RunDir(config.run.dir) for name, config in configs.items()}
-    baselines = _baselines(configs["student"], runs["student"])
-    _print_table(runs, baselines)
-    _print_completion(runs["student"])
+    try:
+        _print_table(runs, _baselines(configs["student"], runs["student"]))
+        _print_completion(runs["student"])
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; both runs are finished. {AGAIN}")
+        return Stopped.exit_code
     print(f"\nthis start took {(time.monotonic() - started) / 60:.1f} minutes; the run is in {runs['student'].path}")
     return 0
 
@@ -151,4 +155,4 @@ def _print_completion(run: RunDir) -> None:
 
     folder = run.artifact("packed")
     print(f"\nthe packed student completes a line of Python (`dqtrain generate {folder} PROMPT`):")
-    print(complete(load_artifact(folder), folder, PROMPT, 24))
+    print(complete(load_artifact(folder), folder, PROMPT, 12))

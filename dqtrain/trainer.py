@@ -169,8 +169,10 @@ class Trainer:
         self.student.mode(training=False)
         scores = None
         if self.test is not None:
+            self.metrics.say(f"testing {folder.name} on {self.test.num_samples:,} samples")
             scores = evaluate(self.student.outputs, self.test, self.config.train.micro_batch, self.world, self.teacher)
         result: dict[str, Any] = {}
+        self.metrics.say("exporting and verifying")
         if self.world.rank == 0:
             result = {"step": step, "test": scores.as_dict() if scores else None, "export": export(self.run, folder)}
             write_text(self.run.result, json.dumps(result, indent=1))

@@ -297,7 +297,7 @@ KILLS, SEED = int(os.environ.get("SOAK_KILLS", "6")), int(os.environ.get("SOAK_S
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_no_broken_checkpoint_and_repeats_no_number(make_run):
-    train = re.sub(r"steps: \d+", f"steps: {max(30, 4 * KILLS)}", TRAIN, count=1)
+    train = re.sub(r"steps: \d+", f"steps: {max(60, 4 * KILLS)}", TRAIN, count=1)
     uninterrupted = make_run("uninterrupted", train=train, checkpoint="{every_steps: 1}", eval="{}")
     code, output = uninterrupted.train()
     assert code == 0, output

@@ -45,6 +45,7 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any]) -> None:
     for name, tensor in _left_float(model, packed).items():
         tensors[name] = tensor.detach().contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     sync_path(folder / "model.safetensors")
     float_bytes = sum(p.numel() * 4 for name, p in model.named_parameters() if not name.endswith("weight_gamma"))
     sizes = {"packed_bytes": (folder / "model.safetensors").stat().st_size, "fp32_bytes": float_bytes}
