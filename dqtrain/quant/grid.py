@@ -76,6 +76,7 @@ def dequantize(codes: Tensor, scale: Tensor, row_axis: int = 0) -> Tensor:
     return codes * _along_rows(scale, row_axis)
 
 
+@torch.no_grad()
 def fake_quantize(weight: Tensor, scale: Tensor, bits: int, row_axis: int = 0) -> Tensor:
     """`dequantize(quantize(weight))`, equal in every element, without the integers in between; not differentiable."""
     codes = _float_codes(weight, scale, bits, row_axis)
