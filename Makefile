@@ -12,7 +12,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-STAMP := .venv/installed
+# Named after TORCH, so that another one installs anew.
+STAMP := .venv/installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 
 help:
 	sed -n 's/^# \{0,1\}//p' Makefile
@@ -24,7 +25,7 @@ $(STAMP): constraints.txt pyproject.toml
 	command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing; install it with: apt-get install python3 python3-venv"; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; install one with: apt-get install python3.11 python3.11-venv, then: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "the venv module is missing; install it with: apt-get install python3-venv"; exit 1; }
-	test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	test -x $(BIN)/pip || { echo "making .venv"; $(PYTHON) -m venv --clear .venv; }
 	echo "installing the pinned versions of constraints.txt into .venv (a minute; several with a CUDA torch)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import ConfigError
 from dqtrain.files import write_text
 from dqtrain.metrics import Metrics
-from dqtrain.models import LanguageModel, check_length, check_vocabulary, empty_model, load_model, new_model
+from dqtrain.models import LanguageModel, check_length, check_vocabulary, empty_model, load_model, new_model, read_model_config
 from dqtrain.quant.modules import Coverage, quantize_model
 from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.trainer import Trainer
@@ -31,6 +30,7 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     """Make everything a run needs, from its config alone. Collective: rank 0 prepares the data while the others wait."""
     check_ranks(config.train, world.world_size)
     metrics = Metrics(run, world, config.train.steps)
+    _check_models(config)  # before minutes of tokenising
     tokenizer = tokenizer_directory(config, run)
     shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
     streams = {split: Stream(folder, config.data.tokens_per_sample, config.run.seed, shuffle=split == "train") for split, folder in shards.items()}
@@ -44,12 +44,6 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     teacher = None
     if config.teacher is not None and objective.needs_teacher:
         model = load_model(model_directory(config.teacher.path))
-        check_length(model.config, config.data.tokens_per_sample, str(config.teacher.path))
-        if (model.config.vocab_size, model.config.hidden_size) != (student.config.vocab_size, student.config.hidden_size):
-            raise ConfigError(
-                f"teacher.path has vocabulary {model.config.vocab_size} and width {model.config.hidden_size}, but student.init_from has "
-                f"{student.config.vocab_size} and {student.config.hidden_size}; distillation compares them entry by entry, so give models of equal sizes."
-            )
         teacher = TeacherEngine(LanguageModel(model, config.train.precision), config.train, config.zero, world)
     if world.rank == 0:
         student.config.save_pretrained(run.student)
@@ -62,6 +56,23 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
             metrics.say(coverage.table())
     engine = StudentEngine(objective, config.train, config.zero, world)
     return Trainer(config, run, world, engine, teacher, streams["train"], streams.get("validation"), streams.get("test"), metrics)
+
+
+def _check_models(config: RunConfig) -> None:
+    """Raise ConfigError for models that cannot be used, or not together; looks at their config.json alone."""
+    models = {"teacher.path": model_directory(config.teacher.path)} if config.teacher else {}
+    models |= {"student.init_from": start_directory(config.student.init_from)} if config.student.init_from else {}
+    configs = {name: read_model_config(folder) for name, folder in models.items()}
+    for name, model in configs.items():
+        check_length(model, config.data.tokens_per_sample, name)
+    if len(configs) == 2:
+        names = ["vocab_size"] + ["hidden_size"] * (config.distill.contrast is not None and config.distill.contrast.weight > 0)
+        for name in names:
+            teacher, student = (getattr(model, name) for model in configs.values())
+            if teacher != student:
+                raise ConfigError(
+                    f"{name} is {teacher} in teacher.path, but {student} in student.init_from; distill compares them entry by entry, so give equal models."
+                )
 
 
 def tokenizer_directory(config: RunConfig, run: RunDir) -> Path:
@@ -130,7 +141,7 @@ def evaluation_stream(path: Path, model: PreTrainedModel, split: str, data: Sequ
         source, tokenizer, root = getattr(config.data, split), tokenizer_directory(config, run), config.data.shards or run.path / "shards"
         length, text_field = config.data.tokens_per_sample, config.data.text_field
     else:
-        source, tokenizer, root = None, path, Path(tempfile.gettempdir()) / f"dqtrain-shards-{os.getuid()}"
+        source, tokenizer, root = None, path, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dqtrain"
         length, text_field = min(1024, getattr(model.config, "max_position_embeddings", 1024)), "text"
     if data:
         source = tuple(data)

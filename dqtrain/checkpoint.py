@@ -2,7 +2,7 @@
 
     checkpoints/step-000000010/   rank-00000.safetensors ...   the pieces of weights and moments that each rank owned
                                   buffers.safetensors          what every rank holds alike: the contrastive bank
-                                  state.json                   step, metrics, config, versions
+                                  state.json                   step, best validation loss, values not yet logged, config
                                   MANIFEST.json                size and hash of every file above
     checkpoints/LATEST            name of the newest one, for people; loading trusts manifests alone
 
@@ -138,7 +138,7 @@ def problem_with(folder: Path) -> str | None:
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest sound checkpoint, and one message for each newer one that was passed over.
+    """The newest sound checkpoint, and one message for each newer one, which is set aside as `damaged-...`: it must not count as a checkpoint again.
 
     Raises CheckpointError when there are checkpoints but none is sound: starting from step 0 would be silent loss.
     """
@@ -146,6 +146,10 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     for name in reversed(_complete_names(root)):
         problem = problem_with(root / name)
         if problem is None:
+            for damaged in _complete_names(root):
+                if damaged > name:
+                    shutil.rmtree(root / f"damaged-{damaged}", ignore_errors=True)
+                    (root / damaged).rename(root / f"damaged-{damaged}")
             return root / name, passed_over
         passed_over.append(f"{root / name} is damaged ({problem}); the checkpoint before it is used.")
     if passed_over:
@@ -158,7 +162,7 @@ def at_step(root: Path, step: int) -> Path:
     folder = root / _name(step)
     problem = problem_with(folder)
     if problem is not None:
-        raise CheckpointError(f"{folder}: cannot be used ({problem}). Use another checkpoint.")
+        raise CheckpointError(f"{folder}: cannot be used ({problem}). Restore it, or set export.checkpoint to the other of last and best.")
     return folder
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dqtrain.config import RunConfig, check_ranks, load_config
-from dqtrain.errors import ConfigError, UserError
+from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, Stopped, UserError
+from dqtrain.files import DISK_ERRORS
 from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.signals import stop_at_once
 from launch.local import run_ranks
@@ -24,6 +25,12 @@ EXAMPLES = """examples:
 
 exit codes: 0 done; 2 config, 3 data, 4 checkpoint or artifact, 5 numerics: mend it first; 75 saved and stopped: start it again
 """
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count of 1 or more")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,13 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", type=Path, help="run directory, Hugging Face directory or packed artifact")
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation", help="split of the run's data (default validation)")
     evaluate.add_argument("--data", nargs="+", help="corpus files, or builtin:python-stdlib; needed when MODEL is not a run")
-    evaluate.add_argument("--tokens-per-sample", type=int, help="tokens per sample (default: the run's, or the model's longest up to 1024)")
+    evaluate.add_argument("--tokens-per-sample", type=_positive, help="tokens per sample (default: the run's, or the model's longest up to 1024)")
     export = command("export", "write and verify the artifact of a finished run again", "dqtrain export runs/mine")
     export.add_argument("run", type=Path, help="run directory")
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
     generate.add_argument("model", type=Path, help="packed artifact or Hugging Face directory")
     generate.add_argument("prompt")
-    generate.add_argument("--tokens", type=int, default=40, help="new tokens (default 40)")
+    generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
     quickstart = command("quickstart", "train a small teacher on the Python standard library and compress it to 2-2-8", "dqtrain quickstart --ablate")
     quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
     quickstart.add_argument("--seed", type=int, default=1, help="seed of both runs (default 1); another seed uses another pair of run directories")
@@ -78,17 +85,19 @@ def _check_paths(config: RunConfig) -> None:
 
 def train(config: RunConfig, ranks: int | None = None) -> int:
     """Start or continue a run with `ranks` processes on this machine; its exit code."""
-    ranks = ranks or 1
+    ranks = 1 if ranks is None else ranks
     if ranks < 1:
         raise ConfigError(f"--ranks is {ranks}; give 1 or more.")
     _check_paths(config)
     check_ranks(config.train, ranks)
     run = RunDir(config.run.dir)
     run.refuse_if_owned()
-    run.claim(config)
+    print(f"{'starting' if run.claim(config) == 'start' else 'continuing'} {run.path} on {ranks} rank{'s' if ranks > 1 else ''}", flush=True)
+    run.event("launch", ranks=ranks)
     code = run_ranks([sys.executable, "-m", "dqtrain", "train", str(run.config), "--ranks", str(ranks)], ranks, run)
-    if code != 0:
-        print(f"dqtrain: exit {code}. The log of other ranks is in {run.path}/rank-*.log; `dqtrain resume {run.path}` continues.", file=sys.stderr)
+    if code not in (0, *FINAL_CODES):
+        others = f" The other ranks' output is in {run.path}/rank-*.log." if ranks > 1 else ""
+        print(f"dqtrain: exit {code}.{others} `dqtrain resume {run.path}` continues.", file=sys.stderr)
     return code
 
 
@@ -96,8 +105,9 @@ def resume(path: Path, ranks: int | None = None) -> int:
     """Continue an unfinished run with as many ranks as it was last started with."""
     run = RunDir(path)
     config = run.load_config()
-    started = [event["ranks"] for event in run.read_events() if event["event"] in ("start", "resume")]
-    return train(config.model_copy(update={"run": config.run.model_copy(update={"dir": path})}), ranks or (started[-1] if started else 1))
+    started = [event["ranks"] for event in run.read_events() if event["event"] in ("launch", "start", "resume")]
+    ranks = ranks if ranks is not None else started[-1] if started else 1
+    return train(config.model_copy(update={"run": config.run.model_copy(update={"dir": path})}), ranks)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -152,9 +162,10 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
     from dqtrain.models import LanguageModel
     from dqtrain.world import init_world
 
+    world = init_world()
     model = load_any(path)
     stream = evaluation_stream(path, model, split, data, tokens_per_sample)
-    print(json.dumps(evaluate(LanguageModel(model), stream, 8, init_world()).as_dict()))
+    print(json.dumps(evaluate(LanguageModel(model).to(world.device), stream, 8, world).as_dict()))
     return 0
 
 
@@ -170,9 +181,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. A user's mistake is one message, never a traceback."""
     try:
         return _main(argv)
-    except UserError as error:
+    except (UserError, Stopped) as error:
         print(f"dqtrain: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"dqtrain: {error.filename}: {error.strerror}. Free space or change the permissions there, then start again.", file=sys.stderr)
+        return CheckpointError.exit_code
     except KeyboardInterrupt:
         print("dqtrain: interrupted.", file=sys.stderr)
         return 130

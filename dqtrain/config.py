@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +19,7 @@ from dqtrain.errors import ConfigError
 
 
 class Block(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Run(Block):
@@ -78,7 +78,7 @@ class Train(Block):
     """Peak learning rate of the learned quantization scales."""
     weight_decay: float = Field(0.0, ge=0)
     """Decay of matrices; norms, biases and scales have none."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
     adam_eps: float = Field(1e-8, gt=0)
     """Added to the root of AdamW's second moment."""
@@ -169,7 +169,7 @@ class Distill(Block):
 
 class Evaluation(Block):
     every_steps: int | None = Field(None, ge=1)
-    """Steps between evaluations on `data.validation`; null: none."""
+    """Steps between evaluations on `data.validation`; null: one, at the last step."""
     max_samples: int | None = Field(None, ge=1)
     """At most this many validation samples (the first ones); null: all. The test split is always read whole."""
 
@@ -224,8 +224,10 @@ class RunConfig(Block):
             raise ValueError("a new model has no tokenizer; set data.tokenizer or data.train_tokenizer")
         if self.eval.every_steps and self.data.validation is None:
             raise ValueError("eval.every_steps is set, but data.validation is null; name a validation corpus or set eval.every_steps to null")
-        if self.export.checkpoint == "best" and not self.eval.every_steps:
-            raise ValueError("export.checkpoint is best, but eval.every_steps is null; set it, or use export.checkpoint: last")
+        if self.export.checkpoint == "best" and self.data.validation is None:
+            raise ValueError("export.checkpoint is best, but data.validation is null; name a validation corpus, or use export.checkpoint: last")
+        if self.data.train_tokenizer and (self.teacher or self.student.init_from):
+            raise ValueError("data.train_tokenizer makes new token ids, which mean nothing to a trained model; remove it, or teacher and student.init_from")
         return self
 
 
@@ -240,8 +242,11 @@ def check_ranks(train: Train, world_size: int) -> None:
         )
 
 
-PASSIVE = frozenset({"run.dir", "log.every_steps", "checkpoint.every_steps", "checkpoint.keep_last", "eval.every_steps", "eval.max_samples", "data.shards"})
-"""Fields that may change when a run continues: they move no number of the training."""
+PASSIVE = frozenset(
+    "run.dir data.shards log.every_steps checkpoint.every_steps checkpoint.keep_last eval.every_steps eval.max_samples export.checkpoint "
+    "zero.student zero.teacher zero.persistence_threshold".split()
+)
+"""Fields that may change when a run continues: the training goes on with the same samples and, up to the order of sums, the same numbers."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -254,15 +259,16 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+))$"),
     list("-+0123456789."),
 )
-# YAML 1.1 reads `1_000`, `0x10` and `1:30` as integers; only plain decimal ones are taken here.
+# YAML 1.1 reads `1_000`, `010`, `0x10` and `1:30` as integers and `2026-10-01` as a date; only plain decimal integers are taken here.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:int"] for first, pairs in _Loader.yaml_implicit_resolvers.items()
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")]
+    for first, pairs in _Loader.yaml_implicit_resolvers.items()
 }
 for _first in "-+0123456789":
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$")))
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, ("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$")))
 
 
 def _construct(loader: _Loader, node: yaml.Node, path: tuple[str, ...], name: str) -> Any:

@@ -1,8 +1,9 @@
 """Two DeepSpeed engines, student and teacher; the only file that imports deepspeed.
 
-Users never write DeepSpeed's JSON: it ignores what it does not know. Here typed values become its config, every silent
-default is written out, and after the start the engine's own report is compared with what was asked. All private names
-of DeepSpeed 0.19 that dqtrain relies on are in this file and listed in `PRIVATE_NAMES`.
+Users never write DeepSpeed's JSON: it ignores what it does not know. Here typed values become its config, the
+defaults that change numbers or what is partitioned are written out, and after the start the engine's own report is compared
+with what was asked. All private names of DeepSpeed 0.19 that dqtrain relies on are in this file; those that checkpoints are
+read through are looked for at the start.
 """
 
 import os
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from dqtrain.config import Train, Zero
 from dqtrain.distill.objective import Objective
 from dqtrain.errors import ConfigError
+from dqtrain.quant.modules import is_gamma
 from dqtrain.world import World
 
 if not torch.cuda.is_available():
@@ -50,7 +52,11 @@ def start(world: World, timeout_s: int = 1800) -> None:
         raise ConfigError(f"WORLD_SIZE is {world.world_size}, but {torch.distributed.get_world_size()} ranks met; start every rank with the same environment.")
 
 
-def _deepspeed_config(stage: int, train: Train, zero: Zero) -> dict[str, Any]:
+LIVE_ELEMENTS = 10**9
+"""Elements of a student that stay gathered between forward and backward: a small one keeps all of its own, and saves the second gather."""
+
+
+def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int = LIVE_ELEMENTS) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": 1,
@@ -63,9 +69,10 @@ def _deepspeed_config(stage: int, train: Train, zero: Zero) -> dict[str, Any]:
             "stage": stage,
             "overlap_comm": False,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
-            # Elements that stay gathered between forward and backward: a small student keeps all of its own, and saves the second gather.
-            "stage3_max_live_parameters": 10**9,
-            "stage3_max_reuse_distance": 10**9,
+            # The prefetch is no ceiling, this is: without it nearly all of a model was seen live at once (measured).
+            "stage3_max_live_parameters": live_elements,
+            "stage3_max_reuse_distance": live_elements,
+            "stage3_prefetch_bucket_size": min(live_elements // 2, 5 * 10**7),
         },
     }
 
@@ -87,14 +94,14 @@ def _assert_started_as_asked(engine: Any, asked: dict[str, Any], name: str) -> N
 
 
 class TeacherEngine:
-    """A frozen model without optimizer, whole or gathered layer by layer under ZeRO-3."""
+    """A frozen model without optimizer; whole, or under ZeRO-3 gathered a few layers at a time."""
 
     def __init__(self, module: nn.Module, train: Train, zero: Zero, world: World) -> None:
         module.requires_grad_(False).eval()
         if zero.teacher == 0:
             self._forward: Any = module.to(world.device)
             return
-        asked = _deepspeed_config(zero.teacher, train, zero)
+        asked = _deepspeed_config(zero.teacher, train, zero, 2 * _largest_layer(module))
         self._forward, *_ = deepspeed.initialize(model=module, config=asked)
         _assert_started_as_asked(self._forward, asked, "teacher")
         self._forward.eval()
@@ -103,6 +110,12 @@ class TeacherEngine:
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the module without gradient. Collective under ZeRO-3."""
         return self._forward(*inputs)
+
+
+def _largest_layer(module: nn.Module) -> int:
+    """Elements of the largest repeated block, or of the whole model if it has none."""
+    blocks = [block for parent in module.modules() if isinstance(parent, nn.ModuleList) for block in parent] or [module]
+    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
 
 
 @dataclass(frozen=True)
@@ -165,9 +178,9 @@ class StudentEngine:
         """Current learning rate of each parameter group, as lr_GROUP."""
         return {f"lr_{group['name']}": group["lr"] for group in self._optimizer.param_groups}
 
-    def scales(self) -> dict[str, Tensor]:
+    def gammas(self) -> dict[str, Tensor]:
         """Every learned gamma, [1] or [rows], by the name of its parameter. Collective."""
-        gammas = {name: p for name, p in self.module.named_parameters() if name.endswith("weight_gamma")}
+        gammas = {name: p for name, p in self.module.named_parameters() if is_gamma(name)}
         with deepspeed.zero.GatheredParameters(list(gammas.values()), enabled=self.stage == 3):
             return {name.removeprefix("student.model."): gamma.detach().cpu().clone() for name, gamma in gammas.items()}
 
@@ -228,7 +241,7 @@ def _parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
     """Matrices (decayed), vectors (not), learned scales (own learning rate, not decayed); empty groups left out."""
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "vectors": [], "scales": []}
     for name, parameter in module.named_parameters():
-        kind = "scales" if name.endswith("weight_gamma") else "weights" if parameter.ndim >= 2 else "vectors"
+        kind = "scales" if is_gamma(name) else "weights" if parameter.ndim >= 2 else "vectors"
         groups[kind].append(parameter)
     lrs = {"weights": train.lr, "vectors": train.lr, "scales": train.scale_lr}
     decays = {"weights": train.weight_decay, "vectors": 0.0, "scales": 0.0}

@@ -35,11 +35,11 @@ class NumericsError(UserError):
     exit_code = 5
 
 
-class Stopped(UserError):
-    """A signal or a stop file ended the run after a complete checkpoint: start it again to continue."""
+class Stopped(BaseException):
+    """A signal ended the run where nothing is lost: start it again to continue. No Exception, so that no library swallows it."""
 
     exit_code = 75
 
 
-FINAL_CODES = frozenset({0, 2, 3, 4, 5})
-"""Exit codes after which starting again changes nothing."""
+FINAL_CODES = (2, 3, 4, 5)
+"""Exit codes of mistakes: starting again changes nothing before they are mended."""

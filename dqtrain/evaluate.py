@@ -40,10 +40,12 @@ def evaluate(
     world: World,
     teacher: Forward | None = None,
     max_samples: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Score a model on the first `max_samples` of a split that is not shuffled. Collective.
 
     Every rank makes the same number of forwards, as ZeRO-3 needs: a rank without samples left passes one without targets.
+    `progress` is called with (rounds done, rounds).
     """
     num_samples = min(stream.num_samples, max_samples or stream.num_samples)
     rounds = math.ceil(num_samples / (micro_batch * world.world_size))
@@ -60,6 +62,8 @@ def evaluate(
         if teacher is not None:
             taught = teacher(ids, is_target).logits
             sums[2:] += task(taught, labels[is_target]).double().sum().item(), int((taught.argmax(-1) == said.argmax(-1)).sum())
+        if progress:
+            progress(index + 1, rounds)
     nats, tokens, teacher_nats, agreeing = np.sum(gather_objects(sums), axis=0).tolist()
     loss = nats / tokens
     return Scores(

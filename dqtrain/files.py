@@ -1,11 +1,15 @@
 """Files that are complete or absent: written aside, synced, renamed."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+"""What a disk says that takes no more."""
 
 
 def sync_path(path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -57,6 +58,28 @@ class Progress:
             self._stream.write("\n")
             self._stream.flush()
             self._is_open = False
+
+
+class Phase:
+    """A console line of done, total and time left: rewritten in place on a terminal, a few plain lines elsewhere."""
+
+    def __init__(self, name: str, stream: TextIO | None = None) -> None:
+        self._name, self._stream, self._started, self._shown = name, sys.stdout if stream is None else stream, time.monotonic(), 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show the progress, if enough has changed."""
+        share = 4 * done // total if not self._stream.isatty() else 100 * done // total
+        if share == self._shown and done < total:
+            return
+        self._shown = share
+        left = (time.monotonic() - self._started) / done * (total - done)
+        text = f"{done / total:4.0%} {self._name}: {done:,} of {total:,} batches  {_clock(left)} left"
+        if self._stream.isatty():
+            text = f"\r[{'=' * (BAR_CHARACTERS * done // total):<{BAR_CHARACTERS}}] {text}\x1b[K" + ("\n" if done == total else "")
+        else:
+            text += "\n"
+        self._stream.write(text)
+        self._stream.flush()
 
 
 class Metrics:
@@ -111,19 +134,23 @@ class Metrics:
                 self._tensorboard().add_scalar(name, value, step)
             self.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
+    def phase(self, name: str) -> Callable[[int, int], None]:
+        """A console line for work outside of the steps: call what is returned with (done, total). Nothing on other ranks than 0."""
+        return Phase(name) if self._progress is not None else lambda done, total: None
+
     def say(self, message: str) -> None:
         """Print a message on rank 0, below the console line."""
         if self._progress is not None:
             self._progress.close()
             print(message, flush=True)
 
-    def show_scales(self, step: int, scales: dict[str, Tensor]) -> None:
-        """Show learned scales in TensorBoard: the mean of each module's, and how those of its rows are spread."""
+    def show_gammas(self, step: int, gammas: dict[str, Tensor]) -> None:
+        """Show the learned clip factors in TensorBoard: the mean of each module's, and how those of its rows are spread."""
         if self._world.rank == 0:
-            for name, scale in scales.items():
-                self._tensorboard().add_scalar(f"gamma/{name}", scale.mean(), step)
-                if scale.numel() > 1:
-                    self._tensorboard().add_histogram(f"gamma/{name}", scale, step)
+            for name, gamma in gammas.items():
+                self._tensorboard().add_scalar(f"gamma/{name}", gamma.mean(), step)
+                if gamma.numel() > 1:
+                    self._tensorboard().add_histogram(f"gamma/{name}", gamma, step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the steps that are not logged yet, as plain values, equal on every rank. Collective."""

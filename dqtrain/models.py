@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -69,7 +70,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     read_model_config(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: transformers cannot load it ({error}). Save the model again with save_pretrained.") from None
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -92,7 +93,11 @@ def new_model(architecture: dict[str, Any], vocab_size: int, eos_token_id: int, 
     if unknown:
         raise ConfigError(f"student.architecture.{unknown[0]}: {type(config).__name__} has no such key. Use the keys of that config.")
     torch.manual_seed(seed)
-    return _checked(AutoModelForCausalLM.from_config(config, dtype=torch.float32), "student.architecture")
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        raise ConfigError(f"student.architecture: {type(config).__name__} makes no causal language model of these values ({error}). Mend them.") from None
+    return _checked(model, "student.architecture")
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -101,12 +106,15 @@ def empty_model(folder: Path) -> PreTrainedModel:
 
 
 def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Refuse a model whose logits are not head(last hidden states): its losses would be of another function."""
+    """Refuse a model whose logits are not head(last hidden states), whose losses would be of another function, and one that sees what comes after."""
     model.eval()
     ids = torch.arange(4)[None] % model.config.vocab_size
     with torch.no_grad():
         ours = LanguageModel(model)(ids, torch.ones_like(ids, dtype=torch.bool)).logits
         theirs = model(input_ids=ids, use_cache=False).logits[0]
+        changed = model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], 1), use_cache=False).logits[0]
+    if not torch.allclose(changed[:-1], theirs[:-1], rtol=1e-5, atol=1e-5, equal_nan=True):
+        raise ConfigError(f"{name}: {type(model).__name__} looks at later tokens, but a causal language model is needed. Give another directory.")
     if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True):
         raise ConfigError(f"{name}: {type(model).__name__} does more than apply its head to the last hidden states; this family is not supported.")
     return model

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from dqtrain.config import RunConfig, load_config
+from dqtrain.config import PASSIVE, RunConfig, differences, load_config
 from dqtrain.data.corpus import stdlib_summary
 from dqtrain.errors import ConfigError, Stopped
 from dqtrain.files import write_text
 from dqtrain.rundir import RunDir
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-RANKS = 2
 PROMPT = "    if not isinstance("
 SCALES: tuple[Literal["minmax", "mean_abs", "mse"], ...] = ("minmax", "mean_abs", "mse")
 """Rules of the scales that weights get when they are rounded without training."""
@@ -43,7 +42,10 @@ def _configs(seed: int) -> dict[str, RunConfig]:
 
 def quickstart(train: Callable[[RunConfig, int], int], seed: int, ablate: bool) -> int:
     """Run or continue every phase and print the table; the exit code. `train(config, ranks)` starts or continues a run."""
+    import torch
+
     started = time.monotonic()
+    ranks = min(2, torch.cuda.device_count() or 2)
     configs = _configs(seed)
     if not ablate:
         del configs["task only"]
@@ -53,10 +55,13 @@ def quickstart(train: Callable[[RunConfig, int], int], seed: int, ablate: bool) 
     for number, (name, config) in enumerate(configs.items(), 1):
         run = RunDir(config.run.dir)
         if run.result.exists():
+            changed = differences(run.load_config(), config).keys() - PASSIVE
+            if changed:
+                raise ConfigError(f"{run.path} is a finished run of another config ({', '.join(sorted(changed))} differ); move it away, or restore configs/.")
             print(f"{number}. {name}: {run.path} is finished")
             continue
-        print(f"{number}. {name}: {config.train.steps} steps on {RANKS} ranks under ZeRO-{config.zero.student}, in {run.path}", flush=True)
-        code = train(config, RANKS)
+        print(f"{number}. {name}: {config.train.steps} steps on {ranks} ranks under ZeRO-{config.zero.student}, in {run.path}", flush=True)
+        code = train(config, ranks)
         if code != 0:
             if code == Stopped.exit_code:
                 print(AGAIN)
@@ -82,6 +87,7 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
     from dqtrain.artifact.load import load_any
     from dqtrain.build import evaluation_stream
     from dqtrain.evaluate import evaluate
+    from dqtrain.metrics import Phase
     from dqtrain.models import LanguageModel, load_model
     from dqtrain.quant.modules import quantize_inputs, quantize_model, quantized_parameters
     from dqtrain.quant.scale import round_to_nearest
@@ -96,7 +102,6 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
     quantize_model(quantized, config.quant)
     found = {"unigram entropy": unigram_entropy(stream)}
     for kind in SCALES:
-        print(f"   round-to-nearest with {kind} scales, on the test split", flush=True)
         model = load_model(model_directory(config.teacher.path))
         places = dict(model.named_parameters())
         names = set()
@@ -105,7 +110,7 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
             places[name].data.copy_(round_to_nearest(weight.detach(), quantizer.bits, quantizer.granularity, quantizer.row_axis, rule))
             names.add(name)
         quantize_inputs(model, names, config.quant.activations.bits)
-        found[kind] = evaluate(LanguageModel(model), stream, 16, world).loss
+        found[kind] = evaluate(LanguageModel(model).to(world.device), stream, 16, world, progress=Phase(f"round-to-nearest with {kind} scales")).loss
     write_text(path, json.dumps(found, indent=1))
     return found
 

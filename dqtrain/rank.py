@@ -10,7 +10,8 @@ from contextlib import suppress
 from dqtrain.build import build
 from dqtrain.config import RunConfig
 from dqtrain.engine import start
-from dqtrain.errors import ConfigError, UserError
+from dqtrain.errors import CheckpointError, ConfigError, Stopped, UserError
+from dqtrain.files import DISK_ERRORS
 from dqtrain.rundir import HEARTBEAT_S, RunDir
 from dqtrain.world import init_world
 
@@ -19,7 +20,7 @@ def run_rank(config: RunConfig) -> int:
     """Train, test, export; never returns, but exits with the code. The cause of a failure is on disk before, since launchers hide codes."""
     world, run = init_world(), RunDir(config.run.dir)
     code, message, trainer = 0, "", None
-    owned = world.rank != 0  # the run belongs to rank 0; the others come with it
+    owned = False  # before rank 0 owns the run, its directory may be another process's: nothing is written there
     try:
         if world.rank == 0:
             run.acquire()
@@ -27,23 +28,32 @@ def run_rank(config: RunConfig) -> int:
             run.claim(config)
             threading.Thread(target=_beat, args=(run,), daemon=True).start()
         start(world)
+        owned = True  # rank 0 joins only as the owner
         trainer = build(config, run, world)
         trainer.train()
         trainer.finish()
-    except UserError as error:
+    except (UserError, Stopped) as error:
         code, message = error.exit_code, str(error)
-        if world.rank == 0:
-            print(f"\ndqtrain: {error}", file=sys.stderr, flush=True)
+    except OSError as error:
+        code = CheckpointError.exit_code if error.errno in DISK_ERRORS else 1
+        message = f"{error.filename or run.path}: {error.strerror}. Free space there, then `dqtrain resume {run.path}`; complete checkpoints are kept."
+        if code == 1:
+            traceback.print_exc()
     except Exception as error:
         code, message = 1, f"{type(error).__name__}: {error}"
         traceback.print_exc()
+    if world.rank == 0 and code > 1:
+        print(f"\ndqtrain: {message}", file=sys.stderr, flush=True)
     step = trainer.step if trainer else None
-    with suppress(OSError):  # a full disk must not change the code
+    with suppress(OSError):  # here and below: a full disk must not change the code
         if code and owned:
             run.record_exit(world.rank, code, message, step)
-        if world.rank == 0 and owned:
+    if world.rank == 0 and owned:
+        with suppress(OSError):
             run.event("stopped" if code else "finished", code=code, step=step, message=message)
+        with suppress(OSError):
             run.release()
+    with suppress(OSError):
         if trainer is not None:
             trainer.metrics.close()
     sys.stdout.flush()

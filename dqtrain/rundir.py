@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dqtrain.config import PASSIVE, RunConfig, differences, dump_config, load_config
-from dqtrain.errors import CheckpointError, ConfigError
+from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, Stopped
 from dqtrain.files import sync_path, write_aside, write_text
 
 HEARTBEAT_S = 10
@@ -97,7 +97,7 @@ class RunDir:
 
     @property
     def student(self) -> Path:
-        """Folder of all that makes the student's model but its weights: config, generation config, tokenizer, coverage."""
+        """Folder of all that makes the student's model but its weights: config, generation config, tokenizer."""
         return self.path / "student"
 
     @property
@@ -120,7 +120,7 @@ class RunDir:
     def claim(self, config: RunConfig) -> Literal["start", "continue"]:
         """Start a run in an empty or absent directory, or continue an unfinished one. The caller is the owner (`acquire`).
 
-        Changes in passive fields alone are taken and recorded as an event. Raises ConfigError for another config, a finished run,
+        Changes in passive fields are taken and recorded as an event; before the first checkpoint, all are. Raises ConfigError for another config, a finished run,
         a directory that is no run, a file in the way, and a place that is not writable.
         """
         self._make()
@@ -137,7 +137,7 @@ class RunDir:
             write_text(self.config, dump_config(config))
             return "start"
         changes = differences(self.load_config(), config)
-        if changes.keys() - PASSIVE:
+        if changes.keys() - PASSIVE and any(self.checkpoints.glob("step-*")):
             listing = "\n".join(f"  {key}: {json.dumps(old)} -> {json.dumps(new)}" for key, (old, new) in changes.items())
             raise ConfigError(
                 f"{self.path} holds a run with another config (there -> here):\n{listing}\n"
@@ -223,15 +223,20 @@ class RunDir:
         record = {"time_ns": time.time_ns(), "rank": rank, "code": code, "message": message, "step": step}
         write_text(self.rank_exit(rank), json.dumps(record))
 
-    def clear_exits(self) -> None:
-        """Forget how the ranks of an earlier start ended; before the ranks are started."""
-        for path in self.exits.glob("*"):
-            path.unlink(missing_ok=True)
+    def first_exit(self, since_ns: int) -> dict[str, Any] | None:
+        """What the ranks that ended since a moment followed from (time_ns, rank, code, message, step); None when no rank left a cause.
 
-    def first_exit(self) -> dict[str, Any] | None:
-        """The earliest cause with a code other than 0 (time_ns, rank, code, message, step): what the others followed from."""
+        The earliest mistake (codes 2 to 5); without one the earliest killed rank, since its peers' broken connections may be on record
+        before it is; then the earliest crash, then the earliest stop.
+        """
         records = [json.loads(path.read_text()) for path in self.exits.glob("rank-*.json")]
-        return min((record for record in records if record["code"] != 0), key=lambda record: record["time_ns"], default=None)
+
+        def order(record: dict[str, Any]) -> tuple[int, int]:
+            code = record["code"]
+            kind = 0 if code in FINAL_CODES else 1 if code > 128 else 3 if code == Stopped.exit_code else 2
+            return kind, record["time_ns"]
+
+        return min((record for record in records if record["time_ns"] >= since_ns), key=order, default=None)
 
     def _succeed(self, fresh: Path) -> bool:
         """One attempt to make `fresh` the owner; False if the owner changed meanwhile. Raises ConfigError that names a live owner.

@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -21,6 +22,8 @@ from dqtrain.quant.modules import check_all_ran
 from dqtrain.rundir import RunDir
 from dqtrain.signals import StopRequest, stop_at_once
 from dqtrain.world import World, barrier, broadcast_object, sum_over_ranks
+
+T = TypeVar("T")
 
 
 def learning_rate_factor(step: int, train: Train) -> float:
@@ -51,6 +54,7 @@ class Trainer:
     metrics: Metrics
     step: int = 0
     best: dict[str, Any] | None = None  # {"step", "loss"} of the lowest validation loss
+    saved_step: int | None = None
 
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
@@ -73,7 +77,7 @@ class Trainer:
 
     def due(self, every_steps: int | None) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens now."""
-        return every_steps is not None and (self.step % every_steps == 0 or self.step == self.config.train.steps)
+        return self.step == self.config.train.steps or (every_steps is not None and self.step % every_steps == 0)
 
     def micro_batches(self) -> list[tuple[int, Batch]]:
         """(index, batch) of this rank's micro-batches of the step: every world_size-th; those beyond the last have no target tokens."""
@@ -130,23 +134,17 @@ class Trainer:
                 self.save()
 
     def save(self) -> None:
-        """Commit a checkpoint of this step, and show the learned scales. Collective."""
-        self.metrics.show_scales(self.step, self.student.scales())
+        """Commit a checkpoint of this step, unless there is one, and show the learned gammas. Collective."""
+        if self.saved_step == self.step:
+            return
+        self.metrics.show_gammas(self.step, self.student.gammas())
         state = {"step": self.step, "best": self.best, "pending_metrics": self.metrics.state(), "config": self.config.model_dump(mode="json")}
         checkpoint.save(self.run.checkpoints, self.step, self.world.rank, self.student, state, self.config.checkpoint.keep_last)
+        self.saved_step = self.step
 
     def resume(self) -> None:
         """Continue from the newest sound checkpoint, chosen by rank 0; from step 0 when there is none. Collective."""
-        found: Any = None
-        if self.world.rank == 0:
-            try:
-                found = checkpoint.newest(self.run.checkpoints)
-            except CheckpointError as error:
-                found = error
-        found = broadcast_object(found)
-        if isinstance(found, CheckpointError):
-            raise found
-        folder, passed_over = found
+        folder, passed_over = self._on_rank_0(lambda: checkpoint.newest(self.run.checkpoints))
         for message in passed_over:
             self.metrics.say(message)
         pending = self.metrics.state()
@@ -155,27 +153,39 @@ class Trainer:
             checkpoint.require_same_config(folder, state["config"], self.config)
             checkpoint.load(folder, self.student)
             self.step, self.best, pending = state["step"], state["best"], state["pending_metrics"]
+            self.saved_step = self.step
         self.metrics.resume(self.step, pending)
         if self.world.rank == 0:
             self.run.event("start" if folder is None else "resume", step=self.step, ranks=self.world.world_size)
 
-    def finish(self) -> dict[str, Any]:
-        """Test once, export, verify, and mark the run finished; returns what result.json holds. Collective."""
+    def finish(self) -> None:
+        """Test once, export, verify, and only then mark the run finished with result.json. Collective."""
         stop_at_once()  # all is saved
         step = self.best["step"] if self.config.export.checkpoint == "best" and self.best else self.config.train.steps
-        folder = checkpoint.at_step(self.run.checkpoints, step)
+        folder = self._on_rank_0(lambda: checkpoint.at_step(self.run.checkpoints, step))
         if step != self.step:
             checkpoint.load(folder, self.student)
         self.student.mode(training=False)
         scores = None
         if self.test is not None:
             self.metrics.say(f"testing {folder.name} on {self.test.num_samples:,} samples")
-            scores = evaluate(self.student.outputs, self.test, self.config.train.micro_batch, self.world, self.teacher)
-        result: dict[str, Any] = {}
+            forward, progress = self.student.outputs, self.metrics.phase("testing")
+            scores = evaluate(forward, self.test, self.config.train.micro_batch, self.world, self.teacher, progress=progress)
         self.metrics.say("exporting and verifying")
         if self.world.rank == 0:
             result = {"step": step, "test": scores.as_dict() if scores else None, "export": export(self.run, folder)}
             write_text(self.run.result, json.dumps(result, indent=1))
-        result = broadcast_object(result)
         barrier()
-        return result
+
+    def _on_rank_0(self, read: Callable[[], T]) -> T:
+        """What rank 0 reads, on every rank; its CheckpointError too. Collective."""
+        found: Any = None
+        if self.world.rank == 0:
+            try:
+                found = read()
+            except CheckpointError as error:
+                found = error
+        found = broadcast_object(found)
+        if isinstance(found, CheckpointError):
+            raise found
+        return found

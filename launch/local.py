@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import IO
 
-from dqtrain.errors import ConfigError, Stopped
+from dqtrain.errors import FINAL_CODES, ConfigError, Stopped
 from dqtrain.rundir import RunDir
 
 GRACE_S = 10.0
@@ -32,15 +32,16 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def run_ranks(command: Sequence[str], ranks: int, run: RunDir, env: Mapping[str, str] | None = None) -> int:
     """Run a command as that many ranks and wait for all; `env` replaces this process's environment. Returns the exit code of the run.
 
-    SIGINT, SIGTERM and SIGUSR1 are passed on to every rank, each once; a second SIGINT kills. When a rank fails (neither 0 nor 75), the
+    SIGINT, SIGTERM and SIGUSR1 are passed on to every rank, each once; a second SIGINT kills. When a rank has ended, the
     others have GRACE_S to end, are then sent SIGTERM and, after GRACE_S more, SIGKILL. Should the launcher die, the ranks get SIGTERM.
 
-    The code is 0 if every rank ended with 0, else that of the earliest cause in `exits/`; a rank that left none gets one here, with
-    128 + n for signal n. A failure that rank 0 cannot have printed is printed, once. Raises ConfigError when the command cannot be started.
+    The code is 0 if every rank ended with 0, else that of the first cause in `exits/` since this start (`RunDir.first_exit`); a rank that
+    crashed without one gets one here, with 128 + n for signal n. A failure that rank 0 cannot have printed is printed, once. Raises
+    ConfigError when the command cannot be started.
     """
     if ranks < 1:
         raise ConfigError(f"the number of ranks is {ranks}, but must be at least 1. Set --ranks to the number of GPUs, or leave it out.")
-    run.clear_exits()
+    started_ns = time.time_ns()
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
@@ -59,9 +60,9 @@ def run_ranks(command: Sequence[str], ranks: int, run: RunDir, env: Mapping[str,
             output = stack.enter_context(run.rank_log(rank).open("ab")) if rank > 0 else None
             processes.append(_start(command, {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
         codes = _wait(processes, received, run)
-    cause = run.first_exit()
+    cause = run.first_exit(started_ns) if any(codes) else None
     if cause is None:
-        return next((code for code in codes if code), 0)  # a code without its cause: the disk was full
+        return next((code for code in codes if code), 0)
     if cause["code"] != Stopped.exit_code and (cause["rank"] != 0 or cause["code"] > 128):
         print(f"rank {cause['rank']}: {cause['message']}", file=sys.stderr, flush=True)
     return cause["code"]
@@ -71,24 +72,25 @@ def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int], run: R
     """Wait for all, pass signals on and end the peers of a failed rank. Returns the exit codes in the order in which the ranks ended."""
     codes: dict[int, int] = {}
     forwarded: set[int] = set()
-    failed_at, terminated = float("inf"), False
+    ended_at, terminated = float("inf"), False
     while True:
         for rank, process in enumerate(processes):
             if rank not in codes and process.poll() is not None:
                 codes[rank] = _exit_code(process.returncode)
-                _explain(rank, process.returncode, run)
-                if codes[rank] not in (0, Stopped.exit_code):
-                    failed_at = min(failed_at, time.monotonic())
+                if not terminated:
+                    _explain(rank, process.returncode, run)
+                ended_at = min(ended_at, time.monotonic())
         if len(codes) == len(processes):
             return list(codes.values())
         for signum in set(received) - forwarded:
             forwarded.add(signum)
             _send(processes, signum)
-        since_failure = time.monotonic() - failed_at
-        if since_failure > GRACE_S and not terminated:
+        # Ranks end together, behind a barrier: one that ended long before the others failed, or stopped alone.
+        since_first = time.monotonic() - ended_at
+        if since_first > GRACE_S and not terminated:
             terminated = True
             _send(processes, signal.SIGTERM)
-        if since_failure > 2 * GRACE_S or received.count(signal.SIGINT) > 1:
+        if since_first > 2 * GRACE_S or received.count(signal.SIGINT) > 1:
             _send(processes, signal.SIGKILL)
         time.sleep(_POLL_S)
 
@@ -120,8 +122,8 @@ def _kill(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def _explain(rank: int, returncode: int, run: RunDir) -> None:
-    """Record the cause of a rank that ended with an error and could not do so itself."""
-    if returncode == 0 or run.rank_exit(rank).exists():
+    """Record the cause of a rank that crashed and could not do so itself."""
+    if returncode in (0, Stopped.exit_code, *FINAL_CODES) or (returncode > 0 and run.rank_exit(rank).exists()):
         return
     how = f"was ended by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with exit code {returncode}"
     where = f"; its output is in {run.rank_log(rank)}" if rank > 0 else ""

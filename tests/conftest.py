@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -121,8 +120,3 @@ def make_run(world, tmp_path):
         return Run(tmp_path / name, config)
 
     return make
-
-
-@pytest.fixture
-def signals():
-    return signal

@@ -1,6 +1,8 @@
 """Every mistake ends in its exit code and one message: what is, what must be, what to do. Nothing complete is lost."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -111,13 +113,69 @@ def test_global_batch_that_the_ranks_cannot_share(make_run, capfd):
     run = make_run()
     code, message = refused(capfd, "train", run.config, "--ranks", "5")
     assert code == 2 and "4 micro-batches" in message and "5 ranks cannot share" in message
+    code, message = refused(capfd, "train", run.config, "--ranks", "0")
+    assert code == 2 and "--ranks is 0" in message
     code, message = refused(capfd, "train", run.config, "train.micro_batch=3")
     assert code == 2 and "must divide train.global_batch, 8" in message
 
 
-def test_samples_longer_than_the_model(make_run):
-    code, message = refused_by_a_rank(make_run(), "data.tokens_per_sample=64")
+def test_samples_longer_than_the_model_and_the_mended_config(make_run):
+    run = make_run()
+    code, message = refused_by_a_rank(run, "data.tokens_per_sample=64")
     assert code == 2 and "data.tokens_per_sample is 64" in message and "32 positions" in message
+    code, message = run.train("train.steps=2", ranks=1)  # nothing was trained, so the directory takes the mended config
+    assert code == 0, message
+
+
+def test_truncated_teacher(make_run, world, tmp_path):
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    code, message = refused_by_a_rank(make_run(teacher=f"{{path: {tmp_path / 'teacher'}}}"))
+    assert code == 2 and "cannot load it" in message
+
+
+def test_architecture_that_makes_no_model(world, make_run):
+    for text, message in (("n_embd: 32, n_head: 3", "makes no causal language model"), ("n_embdd: 32", "has no such key")):
+        run = make_run(
+            teacher="null",
+            student=f"{{architecture: {{model_type: gpt2, {text}}}}}",
+            quant="null",
+            distill="{task: 1.0}",
+            data=f"{{train: {world}/train.jsonl, tokenizer: {world}/tokenizer, tokens_per_sample: 16, shards: {world}/shards}}",
+            eval="{}",
+        )
+        code, output = refused_by_a_rank(run)
+        assert code == 2 and message in output
+
+
+def test_full_disk_while_running(stopped, tmp_path):
+    """A real, tiny file system that fills up: the run ends with its code, and goes on when there is space."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
+        assert not os.environ.get("CI"), "CI must be able to mount a tmpfs"
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        from conftest import Run
+
+        shutil.copytree(stopped.path, disk / "run")
+        run = Run(disk / "run", disk / "run/run.yaml")
+        run.config.write_text(run.config.read_text().replace(str(stopped.path), str(run.path)).replace("steps: 500", "steps: 500"))
+        before = checkpoint.newest(run.path / "checkpoints")[0]
+        with (disk / "filler").open("wb") as filler, contextlib.suppress(OSError):
+            while filler.write(b"0" * 4096):
+                filler.flush()
+        code, output = run.dqtrain("resume", str(run.path))
+        assert code == 4 and "No space left on device" in output and "Traceback" not in output, output
+        (disk / "filler").unlink()
+        assert checkpoint.newest(run.path / "checkpoints")[0] == before
+        process = run.start("resume", str(run.path))
+        run.wait_for_step(json.loads((before / "state.json").read_text())["step"] + 4, process)
+        process.terminate()
+        assert "saved" in process.communicate(timeout=60)[0] and process.returncode == 75
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_glob_that_matches_nothing(make_run):
@@ -204,4 +262,8 @@ def test_directory_that_is_no_run(make_run, capfd, tmp_path):
 def test_not_finite_loss_ends_with_its_code_and_keeps_the_checkpoint(make_run):
     run = make_run(train="{steps: 40, global_batch: 8, micro_batch: 4, lr: 1.0e+18, grad_clip: 0.0}", checkpoint="{every_steps: 1}", eval="{}")
     code, message = run.train(ranks=1)
-    assert code == 5 and "gradient norm is" in message and "train.lr" in message
+    assert code == 5 and "gradient norm is" in message and "train.lr" in message and "continues" not in message
+    failed_at = json.loads((run.path / "exits/rank-0000.json").read_text())["step"]
+    folder, passed_over = checkpoint.newest(run.path / "checkpoints")
+    assert failed_at == 1 and folder is None or folder.name == f"step-{failed_at - 1:09d}"
+    assert not passed_over

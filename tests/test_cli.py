@@ -123,3 +123,17 @@ def test_init_from_a_run_starts_from_its_weights_and_scales(chain, tmp_path):
     assert code == 0, output
     last = [line["validation_loss"] for line in run.log() if "validation_loss" in line][-1]
     assert again.log()[-1]["validation_loss"] == pytest.approx(last, rel=1e-5)
+
+
+def test_init_from_a_run_of_other_bits_finds_new_scales(chain, tmp_path):
+    from conftest import Run
+
+    _, run = chain
+    text = run.config.read_text().replace(str(run.path), str(tmp_path / "wide"))
+    (tmp_path / "wide.yaml").write_text(text + f"student: {{init_from: {run.path}}}\n")
+    wide = Run(tmp_path / "wide", tmp_path / "wide.yaml")
+    tiny = ("train.steps=1", "train.warmup_steps=0", "train.lr=1e-12", "train.scale_lr=1e-12", "eval.every_steps=1")
+    code, output = wide.train(*tiny, "quant.linears.bits=8", "quant.embeddings.bits=8", ranks=1)
+    assert code == 0, output
+    # The latents as they are: the ternary clip factors would cut nearly all of them off at 8 bits.
+    assert wide.log()[-1]["validation_loss"] < 2 * result(run)["test"]["loss"]

@@ -152,7 +152,7 @@ def test_values_that_are_not_finite_are_kept(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     metrics = Metrics(RunDir(tmp_path), World(rank=1, world_size=1, local_rank=0, device=torch.device("cpu")), 1)
-    metrics.show_scales(1, {"weights": torch.ones(3)})
+    metrics.show_gammas(1, {"weights": torch.ones(3)})
     metrics.log(1, 1)
     metrics.close()
     assert os.listdir(tmp_path) == []
@@ -161,7 +161,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_scales_are_shown(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     metrics = Metrics(run, ALONE, 1)
-    metrics.show_scales(1, {"weights": torch.tensor([1.0, 2.0, 6.0]), "bias": torch.ones(1)})
+    metrics.show_gammas(1, {"weights": torch.tensor([1.0, 2.0, 6.0]), "bias": torch.ones(1)})
     metrics.close()
     shown = EventAccumulator(str(run.tensorboard)).Reload()
     assert shown.Histograms("gamma/weights")[0].histogram_value.num == 3

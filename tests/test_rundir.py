@@ -143,8 +143,11 @@ def test_claim_takes_and_records_passive_changes(run: RunDir) -> None:
 
 
 def test_claim_refuses_another_config(run: RunDir) -> None:
-    config = _config(run.path)
+    config = _config(run.path, steps=3)
     run.claim(config)
+    assert run.claim(_config(run.path)) == "continue"  # nothing was trained yet
+    config = _config(run.path)
+    (run.checkpoints / "step-000000001").mkdir(parents=True)
     with pytest.raises(ConfigError) as error:
         run.claim(_config(run.path, seed=7, every_steps=5, steps=9))
     for line in ("run.seed: 1 -> 7", "train.steps: 4 -> 9", "checkpoint.every_steps: 10 -> 5", "run.dir", "dqtrain resume"):
@@ -327,16 +330,13 @@ def test_one_of_racing_processes_wins(tmp_path: Path, racers: Callable[[Path], l
         assert leftovers == ({"owner.json", "events.jsonl"} if stale else {"owner.json"})
 
 
-def test_first_exit_is_the_earliest_failure(run: RunDir) -> None:
+def test_first_exit_is_what_the_others_followed_from(run: RunDir) -> None:
     run.path.mkdir()
-    assert run.first_exit() is None
-    run.record_exit(0, 0, "done", 9)
-    assert run.first_exit() is None
-    run.record_exit(3, 5, "loss is nan", 7)
-    run.record_exit(1, 1, "peer gone", None)
-    first = run.first_exit()
-    assert first is not None
-    assert (first["rank"], first["code"], first["message"], first["step"]) == (3, 5, "loss is nan", 7)
+    assert run.first_exit(0) is None
+    for rank, code, message in ((0, 75, "stopped"), (1, 1, "peer gone"), (2, 137, "killed"), (3, 5, "loss is nan"), (4, 2, "later")):
+        run.record_exit(rank, code, message, rank + 4)
+        first = run.first_exit(0)
+        assert first is not None and first["rank"] == min(rank, 3)
+    assert (first["code"], first["message"], first["step"]) == (5, "loss is nan", 7)
     assert run.rank_exit(3).name == "rank-0003.json"
-    run.clear_exits()
-    assert os.listdir(run.exits) == []
+    assert run.first_exit(time.time_ns()) is None

@@ -9,6 +9,7 @@ from dqtrain.artifact import format, parity
 from dqtrain.artifact.load import trained_model
 from dqtrain.errors import CheckpointError
 from dqtrain.files import sync_path, write_text
+from dqtrain.quant.modules import float_bytes
 from dqtrain.rundir import RunDir
 
 
@@ -29,7 +30,7 @@ def export(run: RunDir, folder: Path) -> dict[str, Any]:
         for file in run.student.iterdir():  # config, generation config, tokenizer
             shutil.copy(file, partial)
         if config.quant is not None:
-            coverage = run.coverage.read_text()
+            coverage = json.loads(run.coverage.read_text())
             about = {"activation_bits": config.quant.activations.bits if config.quant.activations else None, "checkpoint": folder.name, "coverage": coverage}
             format.write(model, partial, about)
         else:
@@ -49,5 +50,4 @@ def export(run: RunDir, folder: Path) -> dict[str, Any]:
             f"{final}: could not be written ({error}). Free space there, then `dqtrain export {run.path}` or `dqtrain resume {run.path}`."
         ) from None
     size = (final / "model.safetensors").stat().st_size
-    float_bytes = sum(p.numel() * 4 for name, p in model.named_parameters() if not name.endswith("weight_gamma"))
-    return {"path": str(final), "bytes": size, "fp32_bytes": float_bytes, "ratio": float_bytes / size, "parity": figures}
+    return {"path": str(final), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": figures}

@@ -3,7 +3,8 @@
     model.safetensors   NAME.codes  uint8, `quant.pack`: 5 ternary, 2 four-bit or 1 eight-bit codes per byte
                         NAME.scale  real units per code, [1] or [rows]; float16 where the grid is portable, which holds it exactly
                         NAME        what stays float, fp32
-    artifact.json       format version, shape and grid of every packed tensor, hash of model.safetensors, coverage, sizes, parity
+    artifact.json       format version, shape and grid of every packed tensor, hash of model.safetensors, coverage, sizes
+    parity.json         what `parity.verify` found before the artifact was published
     config.json, tokenizer files: as transformers writes them
 
 The names of packed tensors differ from those of the float model, so that a loader that knows nothing of dqtrain fails.
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from dqtrain.errors import CheckpointError
 from dqtrain.files import digest, sync_path, write_text
 from dqtrain.quant.grid import dequantize
-from dqtrain.quant.modules import quantized_parameters
+from dqtrain.quant.modules import float_bytes, is_gamma, quantized_parameters
 from dqtrain.quant.pack import pack, unpack
 
 FORMAT = 1
@@ -47,15 +48,14 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any]) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     sync_path(folder / "model.safetensors")
-    float_bytes = sum(p.numel() * 4 for name, p in model.named_parameters() if not name.endswith("weight_gamma"))
-    sizes = {"packed_bytes": (folder / "model.safetensors").stat().st_size, "fp32_bytes": float_bytes}
+    sizes = {"packed_bytes": (folder / "model.safetensors").stat().st_size, "fp32_bytes": float_bytes(model)}
     weights = {"file": "model.safetensors", "bytes": sizes["packed_bytes"], "xxh3_128": digest(folder / "model.safetensors")}
     write_text(folder / "artifact.json", json.dumps({"format": FORMAT, "weights": weights, "sizes": sizes, "packed": packed, **about}, indent=1))
 
 
 def _left_float(model: PreTrainedModel, packed: dict[str, Any]) -> dict[str, Tensor]:
     """Parameters that have no codes."""
-    return {name: p for name, p in model.named_parameters() if name not in packed and not name.endswith("weight_gamma")}
+    return {name: p for name, p in model.named_parameters() if name not in packed and not is_gamma(name)}
 
 
 def read_description(folder: Path) -> dict[str, Any]:

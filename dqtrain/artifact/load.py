@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from dqtrain import checkpoint
 from dqtrain.artifact.format import read_description, read_weights
 from dqtrain.data.prepare import load_tokenizer
-from dqtrain.errors import CheckpointError
+from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models import empty_model, load_model
 from dqtrain.quant.modules import quantize_inputs, quantize_model
 from dqtrain.rundir import RunDir
@@ -18,7 +18,7 @@ from dqtrain.rundir import RunDir
 def load_artifact(path: Path | str) -> PreTrainedModel:
     """The model of a packed artifact, in eval mode: its weights are the values of its codes, its activations are quantized as in training.
 
-    Raises CheckpointError for a damaged artifact, ConfigError for a folder that holds none.
+    Raises CheckpointError for a damaged artifact, and for a folder that holds none.
     """
     folder = Path(path)
     about = read_description(folder)
@@ -64,7 +64,10 @@ def load_any(path: Path) -> PreTrainedModel:
 def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> str:
     """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model."""
     tokenizer = load_tokenizer(path)
+    longest = getattr(model.config, "max_position_embeddings", None)
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]])
+    if longest is not None and ids.shape[1] + tokens > longest:
+        raise ConfigError(f"the prompt has {ids.shape[1]} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")
     generate: Any = model.generate
     with torch.no_grad():
         out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)

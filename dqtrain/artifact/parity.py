@@ -10,7 +10,7 @@ from dqtrain.artifact.load import load_any
 from dqtrain.errors import CheckpointError
 from dqtrain.models import LanguageModel
 from dqtrain.quant.grid import DynamicFakeQuantize
-from dqtrain.quant.modules import quantized_parameters
+from dqtrain.quant.modules import is_gamma, quantized_parameters
 
 LOGITS_TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest logit: the same values through the same kernels, but perhaps at other addresses."""
@@ -23,7 +23,7 @@ def verify(trained: PreTrainedModel, folder: Path) -> dict[str, Any]:
     Raises CheckpointError that names the first tensor which is not bit-identical to the trained grid, or the difference of the logits.
     """
     loaded = load_any(folder)
-    expected = {name: p.detach() for name, p in trained.named_parameters() if not name.endswith("weight_gamma")}
+    expected = {name: p.detach() for name, p in trained.named_parameters() if not is_gamma(name)}
     for name, weight, gamma, quantizer in quantized_parameters(trained):
         # What forward computed in training, rather than the codes that were written.
         expected[name] = DynamicFakeQuantize.apply(weight, gamma, quantizer.bits, quantizer.granularity, quantizer.row_axis, quantizer.portable)[0]

@@ -23,7 +23,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65280.0
 """fp16's smallest normal number, and the largest one it holds that has a bf16 significand."""
 
 
-def num_levels(bits: int) -> int:
+def largest_code(bits: int) -> int:
     """Largest code, qmax = 2^(bits-1) - 1: 1 (ternary), 7 or 127 for 2, 4 or 8 bits; codes are -qmax..qmax."""
     return 2 ** (bits - 1) - 1
 
@@ -52,7 +52,7 @@ def mean_abs(weight: Tensor, granularity: Granularity, row_axis: int = 0) -> Ten
 
 def scale_from_clip(clip: Tensor, bits: int, portable: bool) -> Tensor:
     """Clips alpha (any shape) -> scales alpha / qmax, in real units per code; always > 0, and snapped if `portable`."""
-    scale = clip / num_levels(bits)
+    scale = clip / largest_code(bits)
     return snap(scale) if portable else scale.clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -62,7 +62,7 @@ def dynamic_scale(weight: Tensor, gamma: Tensor, bits: int, granularity: Granula
 
 
 def _float_codes(weight: Tensor, scale: Tensor, bits: int, row_axis: int) -> Tensor:
-    qmax = num_levels(bits)
+    qmax = largest_code(bits)
     return (_compute(weight) / _along_rows(scale, row_axis)).round_().clamp_(-qmax, qmax)
 
 
@@ -109,7 +109,7 @@ class DynamicFakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """See the class."""
         weight, scale, mean = ctx.saved_tensors
-        qmax, grad = num_levels(ctx.bits), _compute(grad)
+        qmax, grad = largest_code(ctx.bits), _compute(grad)
         grad_weight = grad_gamma = None
         value = _compute(weight) / _along_rows(scale, ctx.row_axis)
         inside = value.abs() < qmax
@@ -127,7 +127,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
         exact = _compute(x)
         # A token of zeros must not be divided by 0.
-        scale = (exact.abs().amax(-1, keepdim=True) / num_levels(bits)).clamp_min_(torch.finfo(torch.float32).tiny)
+        scale = (exact.abs().amax(-1, keepdim=True) / largest_code(bits)).clamp_min_(torch.finfo(torch.float32).tiny)
         return (exact / scale).round_().mul_(scale).to(x.dtype)
 
     @staticmethod

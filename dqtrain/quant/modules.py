@@ -32,6 +32,16 @@ POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings"})
 """Names under which an nn.Embedding is a table of positions (GPT-2; BART and OPT; BERT); any other one holds words."""
 
 
+def is_gamma(name: str) -> bool:
+    """Whether a parameter of this name is a learned gamma, of which the float model knows nothing."""
+    return name.endswith("weight_gamma")
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of the float model in fp32, tied weights once."""
+    return sum(4 * p.numel() for name, p in model.named_parameters() if not is_gamma(name))
+
+
 @dataclass(frozen=True)
 class WeightQuantizer:
     """How one weight matrix becomes codes; the learned part is the gamma beside the weight."""

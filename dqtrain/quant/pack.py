@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dqtrain.errors import CheckpointError
-from dqtrain.quant.grid import num_levels
+from dqtrain.quant.grid import largest_code
 
 
 def _layout(bits: int) -> tuple[int, int, int]:
     """(qmax, levels, codes per byte)."""
-    qmax = num_levels(bits)
+    qmax = largest_code(bits)
     levels = 2 * qmax + 1
     return qmax, levels, max(k for k in range(1, 9) if levels**k <= 256)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dqtrain.errors import ConfigError
-from dqtrain.quant.grid import Granularity, fake_quantize, mean_abs, num_levels, scale_from_clip
+from dqtrain.quant.grid import Granularity, fake_quantize, largest_code, mean_abs, scale_from_clip
 
 NUM_CANDIDATES = 64, 16
 """Clips tried over the whole range, then between the neighbours of the best one."""
@@ -50,7 +50,7 @@ def _squared_errors(rows: Tensor, scales: Tensor, bits: int) -> Tensor:
     scales = scales.expand(rows.shape[0], -1)
     errors = torch.empty(scales.shape, dtype=torch.float64, device=rows.device)
     num_rows = max(1, CHUNK_ELEMENTS // rows.shape[1])
-    qmax = num_levels(bits)
+    qmax = largest_code(bits)
     buffer = torch.empty(min(num_rows, rows.shape[0]), rows.shape[1], device=rows.device)
     for start in range(0, rows.shape[0], num_rows):
         chunk = rows[start : start + num_rows].contiguous()

@@ -111,12 +111,27 @@ ready(); time.sleep(60)
 """
     code, error = _finish(_launch(path, body))
     assert (code, error) == (2, "rank 1: seed is x, but must be y.\n")
-    assert json.loads(RunDir(path).rank_exit(0).read_text())["code"] == 143
+    assert not RunDir(path).rank_exit(0).exists()  # ended by the launcher: no cause
 
 
 def test_causes_of_an_earlier_start_are_forgotten(path: Path) -> None:
     RunDir(path).record_exit(5, 2, "old", 1)
     assert _finish(_launch(path, "sys.exit(0)")) == (0, "")
+    assert _finish(_launch(path, "sys.exit(9)"))[0] == 9
+
+
+def test_a_kill_explains_the_crash_of_its_peer(path: Path) -> None:
+    body = """
+if rank == 0:
+    run.record_exit(0, 1, "connection closed by peer", 3)
+    sys.exit(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert _finish(_launch(path, body))[0] == 137
+
+
+def test_a_rank_that_stops_alone_ends_the_others(path: Path) -> None:
+    assert _finish(_launch(path, "sys.exit(75) if rank == 1 else time.sleep(60)"))[0] == 75
 
 
 def test_all_saved(path: Path) -> None:
@@ -166,7 +181,7 @@ def test_cause_of_a_kill_outlives_peers_that_save(path: Path) -> None:
     launcher = _launch(path, body)
     os.kill(_pids(path)[1], signal.SIGKILL)
     assert _finish(launcher)[0] == 137
-    assert json.loads(RunDir(path).rank_exit(0).read_text())["code"] == 75
+    assert json.loads(RunDir(path).rank_exit(1).read_text())["code"] == 137
 
 
 def test_ranks_do_not_outlive_the_launcher(path: Path) -> None:

@@ -12,8 +12,8 @@ from dqtrain.quant.grid import (
     dynamic_scale,
     fake_quantize,
     fake_quantize_activation,
+    largest_code,
     mean_abs,
-    num_levels,
     quantize,
     snap,
 )
@@ -69,7 +69,7 @@ def test_gradient_of_gamma_equals_autograd_through_the_clip(bits):
     """The identity of the paper: differentiate alpha * STE-round(clip(w, -alpha, alpha) / alpha * N) / N itself."""
     torch.manual_seed(bits)
     weight, grad = torch.randn(16, 24, dtype=torch.float64), torch.randn(16, 24, dtype=torch.float64)
-    qmax, gamma = num_levels(bits), torch.tensor([1.7], dtype=torch.float64, requires_grad=True)
+    qmax, gamma = largest_code(bits), torch.tensor([1.7], dtype=torch.float64, requires_grad=True)
     alpha = gamma * weight.abs().mean()
     unit = torch.maximum(torch.minimum(weight, alpha), -alpha) / alpha * qmax
     (alpha * (unit + (unit.round() - unit).detach()) / qmax).backward(grad)
@@ -86,7 +86,7 @@ def test_training_and_export_values_are_equal(shape, bits, granularity, row_axis
     trained, scale = DynamicFakeQuantize.apply(weight, gamma, bits, granularity, row_axis, True)
     again = dynamic_scale(weight, gamma, bits, granularity, row_axis, True)
     codes = quantize(weight, again, bits, row_axis)
-    assert codes.dtype == torch.int8 and codes.abs().max() <= num_levels(bits)
+    assert codes.dtype == torch.int8 and codes.abs().max() <= largest_code(bits)
     assert torch.equal(again, scale) and torch.equal(dequantize(codes, again, row_axis), trained)
     assert torch.equal(fake_quantize(weight, scale, bits, row_axis), trained)
 

@@ -4,14 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dqtrain.errors import CheckpointError
-from dqtrain.quant.grid import num_levels
+from dqtrain.quant.grid import largest_code
 from dqtrain.quant.pack import pack, packed_bytes, unpack
 
 
 @settings(max_examples=80, deadline=None)
 @given(shape=st.lists(st.integers(0, 11), min_size=1, max_size=3), bits=st.sampled_from([2, 4, 8]), seed=st.integers(0, 999))
 def test_unpack_gives_back_what_was_packed(shape, bits, seed):
-    qmax = num_levels(bits)
+    qmax = largest_code(bits)
     codes = torch.randint(-qmax, qmax + 1, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (packed_bytes(codes.numel(), bits),)
