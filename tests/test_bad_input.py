@@ -161,17 +161,22 @@ def test_full_disk_while_running(stopped, tmp_path):
 
         shutil.copytree(stopped.path, disk / "run")
         run = Run(disk / "run", disk / "run/run.yaml")
-        run.config.write_text(run.config.read_text().replace(str(stopped.path), str(run.path)).replace("steps: 500", "steps: 500"))
-        before = checkpoint.newest(run.path / "checkpoints")[0]
-        with (disk / "filler").open("wb") as filler, contextlib.suppress(OSError):
+        run.config.write_text(run.config.read_text().replace(str(stopped.path), str(run.path)))
+        first = json.loads((checkpoint.newest(run.path / "checkpoints")[0] / "state.json").read_text())["step"]
+        process = run.start("resume", str(run.path))
+        run.wait_for_step(first + 2, process)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while filler.write(b"0" * 4096):
-                filler.flush()
+                pass
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 4 and "No space left on device" in output and "Traceback" not in output, output
         code, output = run.dqtrain("resume", str(run.path))
         assert code == 4 and "No space left on device" in output and "Traceback" not in output, output
         (disk / "filler").unlink()
-        assert checkpoint.newest(run.path / "checkpoints")[0] == before
+        kept, passed_over = checkpoint.newest(run.path / "checkpoints")
+        assert kept is not None and not passed_over
         process = run.start("resume", str(run.path))
-        run.wait_for_step(json.loads((before / "state.json").read_text())["step"] + 4, process)
+        run.wait_for_step(json.loads((kept / "state.json").read_text())["step"] + 4, process)
         process.terminate()
         assert "saved" in process.communicate(timeout=60)[0] and process.returncode == 75
     finally:
