@@ -138,7 +138,7 @@ def problem_with(folder: Path) -> str | None:
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest sound checkpoint, and one message for each newer one, which is set aside as `damaged-...`: it must not count as a checkpoint again.
+    """The newest sound checkpoint, and one message for each newer one that is passed over.
 
     Raises CheckpointError when there are checkpoints but none is sound: starting from step 0 would be silent loss.
     """
@@ -146,15 +146,21 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     for name in reversed(_complete_names(root)):
         problem = problem_with(root / name)
         if problem is None:
-            for damaged in _complete_names(root):
-                if damaged > name:
-                    shutil.rmtree(root / f"damaged-{damaged}", ignore_errors=True)
-                    (root / damaged).rename(root / f"damaged-{damaged}")
             return root / name, passed_over
         passed_over.append(f"{root / name} is damaged ({problem}); the checkpoint before it is used.")
     if passed_over:
         raise CheckpointError(f"{root}: no checkpoint is sound; the newest: {passed_over[0].split('; the checkpoint')[0]}. Start a new run in another run.dir.")
     return None, []
+
+
+def newest_alone(root: Path) -> tuple[Path | None, list[str]]:
+    """`newest`, after which it is the newest of all: damaged ones are renamed to `damaged-...`, so that retention does not count them."""
+    folder, passed_over = newest(root)
+    for name in _complete_names(root) if folder else []:
+        if folder and name > folder.name:
+            shutil.rmtree(root / f"damaged-{name}", ignore_errors=True)
+            (root / name).rename(root / f"damaged-{name}")
+    return folder, passed_over
 
 
 def at_step(root: Path, step: int) -> Path:

@@ -144,7 +144,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest sound checkpoint, chosen by rank 0; from step 0 when there is none. Collective."""
-        folder, passed_over = self._on_rank_0(lambda: checkpoint.newest(self.run.checkpoints))
+        folder, passed_over = self._on_rank_0(lambda: checkpoint.newest_alone(self.run.checkpoints))
         for message in passed_over:
             self.metrics.say(message)
         pending = self.metrics.state()

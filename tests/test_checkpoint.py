@@ -291,6 +291,21 @@ def test_a_full_disk_ends_a_run_with_its_own_code(make_run):
     assert whole(folder)["steps"] == int(folder.name.removeprefix("step-"))
 
 
+def test_a_damaged_newest_checkpoint_does_not_cost_the_next_ones(make_run):
+    run = make_run(train="{steps: 12, global_batch: 8, micro_batch: 4, lr: 1.0e-3}", checkpoint="{every_steps: 5, keep_last: 1}", eval="{}")
+    process = run.start("train", str(run.config))
+    run.wait_for_step(6, process)
+    process.terminate()
+    process.communicate(timeout=60)
+    last = visible(run)[-1]
+    shutil.copytree(last, run.path / "checkpoints/step-000000011")  # sound files under the name of a later step, then damaged
+    (run.path / "checkpoints/step-000000011/state.json").write_text("{}")
+    code, output = run.dqtrain("resume", str(run.path))
+    assert code == 0 and "step-000000011 is damaged" in output, output
+    assert [folder.name for folder in visible(run)] == ["step-000000012"]
+    assert (run.path / "checkpoints/damaged-step-000000011").is_dir()
+
+
 KILLS, SEED = int(os.environ.get("SOAK_KILLS", "6")), int(os.environ.get("SOAK_SEED", "7"))
 """`make soak` asks for hundreds."""
 

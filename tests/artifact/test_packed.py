@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import dqtrain
 from dqtrain.artifact import format, parity
@@ -71,6 +71,28 @@ def test_artifact_is_bit_identical(world, tmp_path, quant):
         out = loaded.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
         expected = model.eval().generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama, tied", "qwen2", "opt"])
+def test_other_families(tmp_path, family):
+    small = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    shape = {**small, "num_key_value_heads": 2, "intermediate_size": 48, "tie_word_embeddings": family != "llama", "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    if family == "opt":
+        model = OPTForCausalLM(OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32, bos_token_id=0, eos_token_id=0, pad_token_id=1))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shape))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    model.save_pretrained(tmp_path / "teacher")
+    model = load_model(tmp_path / "teacher")
+    coverage = quantize_model(model, settings())
+    assert coverage.fraction == 1.0
+    (tmp_path / "packed").mkdir()
+    model.config.save_pretrained(tmp_path / "packed")
+    format.write(model, tmp_path / "packed", {"activation_bits": 8})
+    figures = parity.verify(model.eval(), tmp_path / "packed")
+    assert figures["relative_logit_difference"] == 0.0
 
 
 def test_file_is_as_small_as_its_codes(world, tmp_path):
