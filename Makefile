@@ -16,7 +16,7 @@ BIN := .venv/bin
 STAMP := .venv/installed-$(firstword $(shell echo '$(TORCH)' | cksum))
 
 help:
-	sed -n 's/^# \{0,1\}//p' Makefile
+	sed -n '/^\#/!q; s/^\# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 

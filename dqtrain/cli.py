@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", "loss and perplexity of a run, a model directory or an artifact", "dqtrain eval MODEL --data test.jsonl")
     evaluate.add_argument("model", type=Path, help="run directory, Hugging Face directory or packed artifact")
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation", help="split of the run's data (default validation)")
-    evaluate.add_argument("--data", nargs="+", help="corpus files, or builtin:python-stdlib; needed when MODEL is not a run")
+    evaluate.add_argument(
+        "--data", nargs="+", help="corpus files, or builtin:python-stdlib; needed when MODEL is not a run (their token shards are kept in ~/.cache/dqtrain)"
+    )
     evaluate.add_argument("--tokens-per-sample", type=_positive, help="tokens per sample (default: the run's, or the model's longest up to 1024)")
     export = command("export", "write and verify the artifact of a finished run again", "dqtrain export runs/mine")
     export.add_argument("run", type=Path, help="run directory")
