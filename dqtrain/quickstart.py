@@ -79,13 +79,11 @@ def quickstart(train: Callable[[RunConfig, int], int], seed: int, ablate: bool) 
 
 def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
     """Test loss of the teacher quantized like the student but without training, by kind of scale; and the unigram entropy of the test split."""
-    from dqtrain.build import unigram_entropy
-
     path = run.path / "baselines.json"
     if path.is_file():
         return json.loads(path.read_text())
     from dqtrain.artifact.load import load_any
-    from dqtrain.build import evaluation_stream
+    from dqtrain.build import evaluation_stream, unigram_entropy
     from dqtrain.evaluate import evaluate
     from dqtrain.metrics import Phase
     from dqtrain.models import LanguageModel, load_model
