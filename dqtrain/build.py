@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dqtrain import checkpoint
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import RunConfig, check_ranks
-from dqtrain.data.prepare import load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
+from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
 from dqtrain.data.stream import IGNORED, Stream
 from dqtrain.distill.objective import Objective
 from dqtrain.engine import StudentEngine, TeacherEngine
@@ -40,6 +40,8 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     name = str(config.student.init_from or (config.teacher.path if config.teacher else "student.architecture"))
     check_length(student.config, config.data.tokens_per_sample, name)
     check_vocabulary(student.config, streams["train"].vocab_size, name, tokenizer)
+    if config.teacher is not None:
+        check_same_tokenizer(tokenizer, model_directory(config.teacher.path))
     objective = Objective(LanguageModel(student, config.train.precision), config.distill)
     teacher = None
     if config.teacher is not None and objective.needs_teacher:

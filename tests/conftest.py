@@ -7,7 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # how long an example takes is no property of the code
+hypothesis.settings.load_profile("shared machine")
 
 WORDS = "the a cat dog bird sees finds eats red small old house tree river and then slowly under over".split()
 
@@ -70,7 +74,13 @@ class Run:
 
     def start(self, *arguments: str) -> subprocess.Popen:
         env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-        return subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**env, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            self.command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**env, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.path.parent / "cache")},
+        )
 
     def dqtrain(self, *arguments: str) -> tuple[int, str]:
         process = self.start(*arguments)

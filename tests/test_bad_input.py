@@ -87,6 +87,20 @@ def test_tokenizer_with_more_words_than_the_model(make_run, world, tmp_path):
     assert code == 3 and "has 310 entries" in message and "300 word embeddings" in message and "data.tokenizer" in message
 
 
+def test_tokenizer_of_another_model(make_run, tmp_path):
+    from conftest import write_corpus
+
+    from dqtrain.data.prepare import train_tokenizer
+
+    other = write_corpus(tmp_path / "other.jsonl", 400, 9)
+    other.write_text(other.read_text().replace("the", "zebra").replace("and", "quickly walks"))
+    train_tokenizer(str(other), "text", 300, tmp_path / "tokenizer")
+    run = make_run()
+    run.config.write_text(run.config.read_text().replace("tokens_per_sample: 16", f"tokens_per_sample: 16, tokenizer: {tmp_path}/tokenizer"))
+    code, message = refused_by_a_rank(run)
+    assert code == 3 and f"tokenizer {tmp_path}/tokenizer gives" in message and "Set data.tokenizer to null" in message
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "empty.jsonl"), ('{"text": "a"}\n{"text": \n', "empty.jsonl:2"), ('{"words": "a"}\n', "text")],

@@ -69,6 +69,19 @@ def tokenizer_hash(path: Path) -> str:
     return hashlib.sha256(b"".join(file.name.encode() + hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 
+def check_same_tokenizer(tokenizer: Path, model: Path) -> None:
+    """Raise DataError when a tokenizer gives a word another id than the tokenizer in the directory of the model, if there is one."""
+    if tokenizer == model or not (model / "tokenizer_config.json").is_file():
+        return
+    ours, theirs = load_tokenizer(tokenizer).get_vocab(), load_tokenizer(model).get_vocab()
+    word = next((word for word in theirs if ours.get(word) != theirs[word]), None)
+    if word is not None:
+        raise DataError(
+            f"tokenizer {tokenizer} gives `{word}` the id {ours.get(word)}, but the one beside the model in {model} gives it {theirs[word]}: the model would read "
+            "other words. Set data.tokenizer to null, which takes the model's own."
+        )
+
+
 def train_tokenizer(sources: str | Sequence[str], text_field: str, vocab_size: int, out: Path, progress: Callable[[str], None] | None = None) -> None:
     """Train a byte-level BPE tokenizer (Radford et al. 2019, section 2.2) on the train split and save it as a directory for AutoTokenizer.
 
