@@ -44,6 +44,9 @@ PRIVATE_NAMES = {
 def start(world: World, timeout_s: int = 1800) -> None:
     """Join the process group: nccl on GPUs, gloo on CPUs. Raises ConfigError when the ranks cannot meet."""
     timeout = timedelta(seconds=timeout_s)
+    if "RANK" not in os.environ:
+        # DeepSpeed would look for MPI. Port 0: a store that nobody else joins takes any free port, so that two runs on one machine cannot collide.
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     # DeepSpeed trains on a group of its own that it creates without a time-out: a frozen peer would hang the run for 30 minutes whatever is asked.
     backend = sys.modules["deepspeed.comm.torch"].TorchBackend
     backend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=timeout)

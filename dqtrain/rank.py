@@ -18,6 +18,7 @@ from dqtrain.world import init_world
 
 def run_rank(config: RunConfig) -> int:
     """Train, test, export; never returns, but exits with the code. The cause of a failure is on disk before, since launchers hide codes."""
+    threading.excepthook = _thread_failed
     world, run = init_world(), RunDir(config.run.dir)
     code, message, trainer = 0, "", None
     owned = False  # before rank 0 owns the run, its directory may be another process's: nothing is written there
@@ -61,6 +62,12 @@ def run_rank(config: RunConfig) -> int:
     # A rank that ends well has passed a barrier behind its last collective. For the others the closed socket is the
     # fastest signal to their peers, and the destructors of a broken process group could hang or abort.
     os._exit(code)
+
+
+def _thread_failed(problem: threading.ExceptHookArgs) -> None:
+    """A full disk in TensorBoard's thread is no news: the main thread meets it at its next line or checkpoint. The rest is printed."""
+    if not (isinstance(problem.exc_value, OSError) and problem.exc_value.errno in DISK_ERRORS):
+        threading.__excepthook__(problem)
 
 
 def _beat(run: RunDir) -> None:

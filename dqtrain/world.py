@@ -28,11 +28,8 @@ class World:
 
 
 def init_world() -> World:
-    """Read the environment; without RANK, make it that of a world of one. Raises ConfigError when it is incomplete, or when GPUs are too few."""
-    if "RANK" not in os.environ:
-        # Port 0: a store that nobody else joins takes any free port, so that two runs on one machine cannot collide.
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    rank, world_size, local_rank = (_read(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    """Read the environment; without RANK it is that of a world of one. Raises ConfigError when it is incomplete, or when GPUs are too few."""
+    rank, world_size, local_rank = (_read(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if "RANK" in os.environ else (0, 1, 0)
     if rank >= world_size:
         raise ConfigError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; ranks count from 0. Start every rank with the same WORLD_SIZE.")
     if not torch.cuda.is_available():
