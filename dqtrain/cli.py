@@ -186,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, Stopped) as error:
         print(f"dqtrain: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `dqtrain ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes at its end
+        return 141
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -194,8 +197,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dqtrain: interrupted.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 141
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dqtrain.config import Train, Zero
 from dqtrain.distill.objective import Objective
 from dqtrain.errors import ConfigError
-from dqtrain.quant.modules import is_gamma
+from dqtrain.quant.modules import is_gamma, quantized_parameters
 from dqtrain.world import World
 
 if not torch.cuda.is_available():
@@ -181,11 +181,15 @@ class StudentEngine:
         """Current learning rate of each parameter group, as lr_GROUP."""
         return {f"lr_{group['name']}": group["lr"] for group in self._optimizer.param_groups}
 
-    def gammas(self) -> dict[str, Tensor]:
-        """Every learned gamma, [1] or [rows], by the name of its parameter. Collective."""
-        gammas = {name: p for name, p in self.module.named_parameters() if is_gamma(name)}
-        with deepspeed.zero.GatheredParameters(list(gammas.values()), enabled=self.stage == 3):
-            return {name.removeprefix("student.model."): gamma.detach().cpu().clone() for name, gamma in gammas.items()}
+    @torch.no_grad()
+    def scales(self) -> dict[str, Tensor]:
+        """Every scale in real units per code, and every learned gamma, [1] or [rows], by kind and parameter. One weight is gathered at a time. Collective."""
+        found = {}
+        for name, weight, gamma, quantizer in quantized_parameters(self.module.student.model):
+            with deepspeed.zero.GatheredParameters([weight, gamma], enabled=self.stage == 3):
+                found[f"scale/{name}"] = quantizer.scale(weight, gamma).cpu()
+                found[f"gamma/{name}"] = gamma.detach().cpu().clone()
+        return found
 
     def fragments(self) -> Iterator[Fragment]:
         """The pieces of trained parameters that this rank owns. No collective."""

@@ -144,13 +144,13 @@ class Metrics:
             self._progress.close()
             print(message, flush=True)
 
-    def show_gammas(self, step: int, gammas: dict[str, Tensor]) -> None:
-        """Show the learned clip factors in TensorBoard: the mean of each module's, and how those of its rows are spread."""
+    def show_scales(self, step: int, scales: dict[str, Tensor]) -> None:
+        """Show scales and learned gammas in TensorBoard under their names: the mean of each parameter's, and how those of its rows are spread."""
         if self._world.rank == 0:
-            for name, gamma in gammas.items():
-                self._tensorboard().add_scalar(f"gamma/{name}", gamma.mean(), step)
-                if gamma.numel() > 1:
-                    self._tensorboard().add_histogram(f"gamma/{name}", gamma, step)
+            for name, scale in scales.items():
+                self._tensorboard().add_scalar(name, scale.mean(), step)
+                if scale.numel() > 1:
+                    self._tensorboard().add_histogram(name, scale, step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the steps that are not logged yet, as plain values, equal on every rank. Collective."""

@@ -134,10 +134,10 @@ class Trainer:
                 self.save()
 
     def save(self) -> None:
-        """Commit a checkpoint of this step, unless there is one, and show the learned gammas. Collective."""
+        """Commit a checkpoint of this step, unless there is one, and show the scales. Collective."""
         if self.saved_step == self.step:
             return
-        self.metrics.show_gammas(self.step, self.student.gammas())
+        self.metrics.show_scales(self.step, self.student.scales())
         state = {"step": self.step, "best": self.best, "pending_metrics": self.metrics.state(), "config": self.config.model_dump(mode="json")}
         checkpoint.save(self.run.checkpoints, self.step, self.world.rank, self.student, state, self.config.checkpoint.keep_last)
         self.saved_step = self.step

@@ -47,6 +47,15 @@ def test_unknown_option_and_stray_words(capfd):
         assert end.value.code == 2
 
 
+def test_closed_pipe_is_no_traceback(make_run, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dqtrain", "prepare", str(make_run().config), f"data.shards={tmp_path}/shards"]
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
 def test_missing_teacher(make_run, capfd, tmp_path):
     run = make_run(teacher=f"{{path: {tmp_path}/nowhere}}")
     code, message = refused(capfd, "train", run.config)

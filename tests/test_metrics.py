@@ -152,7 +152,7 @@ def test_values_that_are_not_finite_are_kept(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     metrics = Metrics(RunDir(tmp_path), World(rank=1, world_size=1, local_rank=0, device=torch.device("cpu")), 1)
-    metrics.show_gammas(1, {"weights": torch.ones(3)})
+    metrics.show_scales(1, {"weights": torch.ones(3)})
     metrics.log(1, 1)
     metrics.close()
     assert os.listdir(tmp_path) == []
@@ -161,12 +161,12 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_scales_are_shown(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     metrics = Metrics(run, ALONE, 1)
-    metrics.show_gammas(1, {"weights": torch.tensor([1.0, 2.0, 6.0]), "bias": torch.ones(1)})
+    metrics.show_scales(1, {"weights": torch.tensor([1.0, 2.0, 6.0]), "bias": torch.ones(1)})
     metrics.close()
     shown = EventAccumulator(str(run.tensorboard)).Reload()
-    assert shown.Histograms("gamma/weights")[0].histogram_value.num == 3
-    assert shown.Scalars("gamma/weights")[0].value == 3.0
-    assert shown.Scalars("gamma/bias")[0].value == 1.0
+    assert shown.Histograms("weights")[0].histogram_value.num == 3
+    assert shown.Scalars("weights")[0].value == 3.0
+    assert shown.Scalars("bias")[0].value == 1.0
 
 
 LINE = {"step": 5, "tokens": 320, "loss": 2.34567, "lr": 1e-4, "tokens_per_s": 12345.6, "eta_s": 3725.0, "time": "2026-01-01T00:00:00+00:00"}

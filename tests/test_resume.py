@@ -33,7 +33,12 @@ def test_uninterrupted_run_is_whole(uninterrupted):
     assert result["export"]["parity"]["relative_logit_difference"] <= 1e-5
     assert 0 <= result["test"]["agreement"] <= 1
     assert not (uninterrupted.path / "owner.json").exists()
-    assert list((uninterrupted.path / "tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(uninterrupted.path / "tensorboard")).Reload().Tags()
+    assert {"loss", "logits", "tokens_per_s", "lr_scales", "gradient_norm", "validation_loss"} <= set(shown["scalars"])
+    assert {f"{kind}/transformer.h.0.attn.c_attn.weight" for kind in ("scale", "gamma")} <= set(shown["scalars"])
+    assert "scale/transformer.wte.weight" in shown["histograms"]
     # both ranks took part, and both left nothing on the error side
     assert (uninterrupted.path / "rank-0001.log").read_text().count("Traceback") == 0
 

@@ -51,9 +51,13 @@ class WeightQuantizer:
     row_axis: int  # axis of the outputs: 0, or 1 in a Conv1D
     portable: bool
 
+    def scale(self, weight: Tensor, gamma: Tensor) -> Tensor:
+        """Real units per code, [1] or [rows], those of the forward in training."""
+        return dynamic_scale(weight, gamma, self.bits, self.granularity, self.row_axis, self.portable)
+
     def quantize(self, weight: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """(codes int8, scale [1] or [rows]), those of the forward in training."""
-        scale = dynamic_scale(weight, gamma, self.bits, self.granularity, self.row_axis, self.portable)
+        scale = self.scale(weight, gamma)
         return quantize(weight, scale, self.bits, self.row_axis), scale
 
 
