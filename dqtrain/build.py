@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +21,7 @@ from dqtrain.errors import ConfigError
 from dqtrain.files import write_text
 from dqtrain.metrics import Metrics
 from dqtrain.models import LanguageModel, check_length, check_vocabulary, empty_model, load_model, new_model, read_model_config
+from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import Coverage, quantize_model
 from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.trainer import Trainer
@@ -42,7 +44,9 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     check_vocabulary(student.config, streams["train"].vocab_size, name, tokenizer)
     if config.teacher is not None:
         check_same_tokenizer(tokenizer, model_directory(config.teacher.path))
-    objective = Objective(LanguageModel(student, config.train.precision), config.distill)
+    language_model = LanguageModel(student, config.train.precision)
+    calibrate(student, lambda: _show_samples(language_model, streams["train"], config))
+    objective = Objective(language_model, config.distill)
     teacher = None
     if config.teacher is not None and objective.needs_teacher:
         model = load_model(model_directory(config.teacher.path))
@@ -58,6 +62,17 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
             metrics.say(coverage.table())
     engine = StudentEngine(objective, config.train, config.zero, world)
     return Trainer(config, run, world, engine, teacher, streams["train"], streams.get("validation"), streams.get("test"), metrics)
+
+
+CALIBRATION_SAMPLES = 32
+"""Training samples that learned activation scales start from."""
+
+
+def _show_samples(student: LanguageModel, stream: Stream, config: RunConfig) -> None:
+    """Run the student on the first samples of the training, the same ones on every rank."""
+    for start in range(0, CALIBRATION_SAMPLES, config.train.micro_batch):
+        batch = stream.batch(range(start, start + config.train.micro_batch))
+        student(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels) != IGNORED)
 
 
 def _check_models(config: RunConfig) -> None:
@@ -102,26 +117,26 @@ def prepare_data(config: RunConfig, run: RunDir, say: Callable[[str], None]) -> 
 def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tuple[PreTrainedModel, Coverage | None]:
     """The student's model, quantized if the config says so, and its Coverage (None if it does not)."""
     source = config.student.init_from
-    gammas: dict[str, Tensor] = {}
+    learned: dict[str, Tensor] = {}
     if config.student.architecture is not None:
         model = new_model(config.student.architecture, vocab_size, eos_token_id, config.run.seed)
     elif source is not None and RunDir(source).config.is_file():
         model = empty_model(RunDir(source).student)
-        gammas = checkpoint.fill(model, chosen_checkpoint(RunDir(source)))
+        learned = checkpoint.fill(model, chosen_checkpoint(RunDir(source)))
     else:
         assert source is not None or config.teacher is not None, "config.py asks for one of them"
         model = load_model(source or model_directory(config.teacher.path))  # type: ignore[union-attr]
     if config.quant is None:
         return model, None
     coverage = quantize_model(model, config.quant)
-    if gammas:
+    if learned:
         assert source is not None
         before = {row.name: row for row in Coverage.from_json(RunDir(source).coverage.read_text()).rows}
         parameters = dict(model.named_parameters())
         for row in coverage.rows:
             # The scales of another grid would mean something else here, so those start anew.
-            if row.gamma_name in gammas and before[row.name] == row:
-                parameters[row.gamma_name].data.copy_(gammas[row.gamma_name])
+            for name in row.learned_names if before[row.name] == row else []:
+                parameters[name].data.copy_(learned[name])
     return model, coverage
 
 

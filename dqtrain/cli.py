@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dqtrain.config import RunConfig, check_ranks, load_config
+from dqtrain.config import BITS_OF_GRID, RunConfig, check_ranks, load_config
 from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, Stopped, UserError
 from dqtrain.files import DISK_ERRORS
 from dqtrain.rundir import RunDir, model_directory, start_directory
@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   dqtrain quickstart                                     the whole of it on text that this machine already has
   dqtrain train configs/causal.yaml teacher.path=DIR data.train=FILE.jsonl run.dir=runs/mine --ranks 2
   dqtrain resume runs/mine                               continue after Ctrl-C, a kill or a full disk
+  dqtrain inspect MODEL --quant 2-2-8                    what it does to a model, before any training
   dqtrain eval runs/mine --split validation
   dqtrain generate runs/mine/artifact/packed "Once upon a time"
 
@@ -60,8 +61,28 @@ def _parser() -> argparse.ArgumentParser:
         "--data", nargs="+", help="corpus files, or builtin:python-stdlib; needed when MODEL is not a run (their token shards are kept in ~/.cache/dqtrain)"
     )
     evaluate.add_argument("--tokens-per-sample", type=_positive, help="tokens per sample (default: the run's, or the model's longest up to 1024)")
+    inspect = command(
+        "inspect",
+        "what a quantization does to a model before training: coverage, bytes, error of every weight, how alike words become",
+        "dqtrain inspect MODEL --quant 2-2-8\n"
+        "  dqtrain inspect MODEL --quant 2-2-8 --grid dynamic --grid seq --grid lsq   grids side by side\n"
+        "  dqtrain inspect MODEL --quant 4-8-16 --grid affine --group-size 128        groups of linears' inputs, float activations\n"
+        "  dqtrain inspect MODEL --config configs/causal.yaml --json                  the quant block of a config\n"
+        "  dqtrain inspect runs/mine                                                  a quantized run as it was trained",
+    )
+    inspect.add_argument("model", type=Path, help="Hugging Face directory (a config.json alone gives coverage and bytes) or finished run")
+    how = inspect.add_mutually_exclusive_group()
+    how.add_argument("--quant", metavar="W-E-A", help="bits of linears, word embeddings and activations: 1, ternary, 2, 3, 4, 8; 32 is float")
+    how.add_argument("--config", type=Path, metavar="YAML", help="take the quant block of this config instead")
+    inspect.add_argument(
+        "--grid", action="append", default=[], help=f"grid of linears and embeddings, may be repeated: {', '.join(BITS_OF_GRID)} (default dynamic)"
+    )
+    inspect.add_argument("--group-size", type=_positive, help="inputs of linears that share a scale (default: one scale per matrix)")
+    inspect.add_argument("--json", action="store_true", help="print the same figures as one JSON object")
     export = command("export", "write and verify the artifact of a finished run again", "dqtrain export runs/mine")
     export.add_argument("run", type=Path, help="run directory")
+    bench = command("bench", "measure on this machine, side by side", "dqtrain bench quantizers")
+    bench.add_argument("what", choices=["quantizers"], help="quantizers: speed of a weight's way through one, and the error of every grid")
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
     generate.add_argument("model", type=Path, help="packed artifact or Hugging Face directory")
     generate.add_argument("prompt")
@@ -145,6 +166,15 @@ def _main(argv: Sequence[str] | None) -> int:
         return quickstart(train, args.seed, args.ablate)
     if args.command == "eval":
         return _evaluate(args.model, args.split, args.data, args.tokens_per_sample)
+    if args.command == "inspect":
+        from dqtrain.inspect import inspect
+
+        return inspect(args.model, args.quant, args.config, args.grid, args.group_size, args.json)
+    if args.command == "bench":
+        from dqtrain.bench.quantizers import run as measure
+
+        print(measure())
+        return 0
     if args.command == "export":
         from dqtrain.artifact.export import export
         from dqtrain.artifact.load import chosen_checkpoint

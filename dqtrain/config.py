@@ -74,8 +74,8 @@ class Train(Block):
     """Samples per forward and backward; must divide `global_batch`."""
     lr: float = Field(gt=0)
     """Peak learning rate of the weights."""
-    scale_lr: float = Field(1e-3, gt=0)
-    """Peak learning rate of the learned quantization scales."""
+    scale_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of what quantizers learn; null: 1e-3 for gammas and zero points, `lr` for clips and steps, which have the weights' unit."""
     weight_decay: float = Field(0.0, ge=0)
     """Decay of matrices; norms, biases and scales have none."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -112,33 +112,99 @@ class Zero(Block):
     """At stage 3, parameters of up to this many elements stay whole on every rank."""
 
 
+Bits = Literal[1, 2, 3, 4, 8, "ternary"]
+
+BITS_OF_GRID: dict[str, tuple[Bits, ...]] = {
+    "dynamic": ("ternary", 2, 3, 4, 8),
+    "twn": ("ternary", 2),
+    "minmax": ("ternary", 2, 3, 4, 8),
+    "minmax_affine": (2, 3, 4, 8),
+    "pact": ("ternary", 2, 3, 4, 8),
+    "lsq": ("ternary", 2, 3, 4, 8),
+    "laq": ("ternary", 2, 3, 4, 8),
+    "mean43": (1, "ternary", 2),
+    "absmean": ("ternary", 2),
+    "seq": ("ternary", 2),
+    "affine": (2, 3, 4, 8),
+}
+"""The bit widths that each grid exists in; the equations are in `quant/grid.py`."""
+
+
 class WeightQuant(Block):
-    bits: Literal[2, 4, 8]
-    """Bits per code. 2 is ternary, 4 has 15 levels, 8 has 255."""
-    granularity: Literal["per_tensor", "per_row"]
-    """What shares one scale: the whole matrix, or each row of outputs (each word, in an embedding)."""
+    grid: Literal["dynamic", "twn", "minmax", "minmax_affine", "pact", "lsq", "laq", "mean43", "absmean", "seq", "affine"] = "dynamic"
+    """Where scales come from: `dynamic` learns gamma in clip = gamma * mean|w| (QuantGPT), `lsq`, `pact`, `seq` and `affine` learn it otherwise, the others compute it."""
+    bits: Bits
+    """Bits per code. 2 is ternary too, but in lsq, seq and the affine grids, where it is 4 levels; 4 has 15 or 16 levels, 8 has 255 or 256."""
+    granularity: Literal["per_tensor", "per_row", "per_group"]
+    """What shares one scale: a whole matrix, each row of outputs (each word, in an embedding), or each `group_size` inputs of a row."""
+    group_size: int | None = Field(None, ge=1)
+    """Inputs that share one scale; for per_group alone."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WeightQuant":
+        if self.bits not in BITS_OF_GRID[self.grid]:
+            grids = ", ".join(grid for grid, bits in BITS_OF_GRID.items() if self.bits in bits)
+            raise ValueError(
+                f"grid {self.grid} does not exist in {self.bits} bits, but in {', '.join(map(str, BITS_OF_GRID[self.grid]))}; grids with {self.bits} are {grids}"
+            )
+        if (self.granularity == "per_group") != (self.group_size is not None):
+            raise ValueError(
+                f"granularity is {self.granularity}, but group_size is {self.group_size}; per_group needs a group_size, such as 128, and the others none"
+            )
+        return self
 
 
 class ActivationQuant(Block):
-    bits: Literal[8]
-    """Bits of the dynamic, symmetric, per-token codes at the input of every quantized linear layer."""
+    bits: Literal[4, 8]
+    """Bits per code at the input of every quantized linear layer."""
+    scale: Literal["per_token", "per_tensor", "learned", "block_32", "block_256"] = "per_token"
+    """One scale for each token, for the whole tensor (its real tokens), a learned one, or one for each 32 or 256 inputs by llama.cpp's own arithmetic."""
+    asymmetric: Literal["one_sided", "everywhere", "nowhere"] = "one_sided"
+    """Where codes have a zero point: inputs that follow an activation function and attention probabilities, all inputs of linears too, or nowhere."""
+    attention: bool = False
+    """Whether queries, keys, attention probabilities and values are quantized too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ActivationQuant":
+        if self.scale.startswith("block") and self.bits != 8:
+            raise ValueError(f"scale {self.scale} is llama.cpp's 8-bit arithmetic, but bits is {self.bits}; set bits to 8 or scale to per_token")
+        return self
+
+
+class Override(Block):
+    match: str
+    """Glob of parameter names, such as `*.down_proj.weight`; it must match one."""
+    keep_float: bool = False
+    """They stay float, and so does the input of those layers."""
+    weights: WeightQuant | None = None
+    """How they are quantized; null: as without the override."""
+    activations: ActivationQuant | None = None
+    """How the input of those layers is quantized; null: as without the override."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Override":
+        if self.activations is not None and self.activations.attention:
+            raise ValueError("attention is a setting of quant.activations for the whole model; remove it from the override")
+        if self.keep_float == (self.weights is not None or self.activations is not None):
+            raise ValueError("an override has either keep_float: true, or weights or activations; set one of them")
+        return self
 
 
 class Quant(Block):
-    grid: Literal["dynamic"] = "dynamic"
-    """`dynamic`: clip = gamma * mean|w| with gamma learned (QuantGPT, ACL 2022)."""
-    linears: WeightQuant
-    """Linear and Conv1D weights."""
+    linears: WeightQuant | None
+    """Linear and Conv1D weights, and those of experts (each expert is a matrix of its own); null: float."""
     embeddings: WeightQuant | None
     """Word embeddings, and the head when tied to them; null: float."""
     positions: WeightQuant | None
-    """Position embeddings; null: float."""
+    """Position embeddings, T5's relative bias among them; null: float."""
+    vectors: Literal["fp32", "bf16"] = "fp32"
+    """Norms and biases: as they are, or rounded to bf16 in every forward (straight-through), so that the artifact holds them in 2 bytes."""
     activations: ActivationQuant | None
     """Inputs of quantized linear layers; null: float."""
+    overrides: tuple[Override, ...] = ()
+    """Other settings for the parameters that a glob matches; of several, the last one counts. Mixed precision, and what stays float."""
     scale_dtype: Literal["portable", "fp32"] = "portable"
     """`portable` snaps every scale to a value that fp32, fp16 and bf16 all hold exactly."""
-    keep_float: tuple[str, ...] = ()
-    """Globs of parameter names that stay float."""
 
 
 class Contrast(Block):
@@ -322,6 +388,8 @@ def _fields_at(path: tuple[str, ...]) -> list[str]:
     """Names of the fields of the block at a path, for hints."""
     model: Any = RunConfig
     for part in path:
+        if part.isdigit():  # an entry of a list
+            continue
         field = model.model_fields.get(part)
         if field is None:
             return []
@@ -342,9 +410,12 @@ def _explain(error: ValidationError, name: str, lines: dict[tuple[str, ...], int
         line = lines.get(path) or next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 1)
         where = "command line" if any(path[: len(o)] == o for o in overridden) else f"{name}:{line}"
         if problem["type"] == "extra_forbidden":
-            known = _fields_at(path[:-1])
-            nearest = difflib.get_close_matches(path[-1], known, 1, 0.5)
-            text = "unknown key. " + (f"Did you mean `{nearest[0]}`?" if nearest else f"Known keys here: {', '.join(known)}.")
+            *parents, key = (str(part) for part in problem["loc"])
+            known = _fields_at(tuple(parents))
+            nearest = difflib.get_close_matches(key, known, 1, 0.5)
+            text = (
+                (f"{key}: " * (path[-1] != key)) + "unknown key. " + (f"Did you mean `{nearest[0]}`?" if nearest else f"Known keys here: {', '.join(known)}.")
+            )
         elif problem["type"] == "missing":
             text = "missing. Add it."
         elif problem["type"] == "value_error":

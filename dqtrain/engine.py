@@ -9,7 +9,8 @@ read through are looked for at the start.
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from dqtrain.config import Train, Zero
 from dqtrain.distill.objective import Objective
 from dqtrain.errors import ConfigError
-from dqtrain.quant.modules import is_gamma, quantized_parameters
-from dqtrain.world import World
+from dqtrain.models import LanguageModel
+from dqtrain.quant.diagnose import effective_rank, mean_cosine, weight_statistics
+from dqtrain.quant.modules import has_unit_of_weights, is_learned_scale, quantized_parameters
+from dqtrain.quant.pack import pack, unpack
+from dqtrain.world import World, gather_objects
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -53,6 +57,11 @@ def start(world: World, timeout_s: int = 1800) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False, timeout=timeout)
     if torch.distributed.get_world_size() != world.world_size:
         raise ConfigError(f"WORLD_SIZE is {world.world_size}, but {torch.distributed.get_world_size()} ranks met; start every rank with the same environment.")
+
+
+def gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """A context in which partitioned parameters are whole on every rank; what rank 0 writes to them lasts. Others are as they are. Collective."""
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
 
 
 LIVE_ELEMENTS = 10**9
@@ -99,8 +108,9 @@ def _assert_started_as_asked(engine: Any, asked: dict[str, Any], name: str) -> N
 class TeacherEngine:
     """A frozen model without optimizer; whole, or under ZeRO-3 gathered a few layers at a time."""
 
-    def __init__(self, module: nn.Module, train: Train, zero: Zero, world: World) -> None:
+    def __init__(self, module: LanguageModel, train: Train, zero: Zero, world: World) -> None:
         module.requires_grad_(False).eval()
+        self.module = module
         if zero.teacher == 0:
             self._forward: Any = module.to(world.device)
             return
@@ -113,6 +123,22 @@ class TeacherEngine:
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the module without gradient. Collective under ZeRO-3."""
         return self._forward(*inputs)
+
+    def words(self) -> dict[str, float]:
+        """How alike the word embeddings are. Collective."""
+        return _words(self.module.model)
+
+
+@torch.no_grad()
+def _words(model: Any) -> dict[str, float]:
+    """Mean cosine and effective rank of a model's word embeddings, quantized ones if they are; known to rank 0, the others have none. Collective."""
+    weight = model.get_input_embeddings()._parameters["weight"]
+    quantized = next((parameter for parameter in quantized_parameters(model) if parameter.weight is weight), None)
+    with gather((weight, *(quantized.learned if quantized else ()))):
+        if torch.distributed.get_rank() != 0:
+            return {}
+        table = quantized.quantizer.value(weight, quantized.scales()) if quantized else weight
+        return {"word_cosine": mean_cosine(table), "word_rank": effective_rank(table)}
 
 
 def _largest_layer(module: nn.Module) -> int:
@@ -139,6 +165,7 @@ class StudentEngine:
     def __init__(self, module: Objective, train: Train, zero: Zero, world: World) -> None:
         self.module, self.stage = module, zero.student
         self._train = train
+        self._codes: dict[str, Tensor] = {}  # packed, of the weights that this rank looked at last
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self._groups = _parameter_groups(module, train)
         optimizer = torch.optim.AdamW(self._groups, betas=train.adam_betas, eps=train.adam_eps)
@@ -182,14 +209,36 @@ class StudentEngine:
         return {f"lr_{group['name']}": group["lr"] for group in self._optimizer.param_groups}
 
     @torch.no_grad()
-    def scales(self) -> dict[str, Tensor]:
-        """Every scale in real units per code, and every learned gamma, [1] or [rows], by kind and parameter. One weight is gathered at a time. Collective."""
+    def quantization(self) -> dict[str, dict[str, Any]]:
+        """What quantization does to each weight now: name -> figure -> number or tensor, on every rank. Collective.
+
+        One weight is gathered at a time, and looked at by one rank, which keeps its packed codes: `codes_changed` is the share that
+        is not what it was at the last call.
+        """
         found = {}
-        for name, weight, gamma, quantizer in quantized_parameters(self.module.student.model):
-            with deepspeed.zero.GatheredParameters([weight, gamma], enabled=self.stage == 3):
-                found[f"scale/{name}"] = quantizer.scale(weight, gamma).cpu()
-                found[f"gamma/{name}"] = gamma.detach().cpu().clone()
-        return found
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        for index, parameter in enumerate(quantized_parameters(self.module.student.model)):
+            name, quantizer = parameter.name, parameter.quantizer
+            with gather((parameter.weight, *parameter.learned)):
+                if index % world_size != rank:
+                    continue
+                before = unpack(self._codes[name], parameter.weight.shape, quantizer.levels) if name in self._codes else None
+                scales = parameter.scales()
+                statistics = weight_statistics(parameter.weight.detach(), quantizer, scales, before)
+                self._codes[name] = pack(statistics.codes, quantizer.levels)
+                found[name] = {
+                    "scale": scales.scale.cpu(),
+                    **{kind: learned.detach().cpu().clone() for kind, learned in zip(quantizer.learned, parameter.learned, strict=True)},
+                    "quantization_error": statistics.relative_error,
+                    "clip_fraction": statistics.clip_fraction,
+                    "codes_changed": statistics.changed_fraction,
+                    "codes": (quantizer.levels.low, statistics.histogram.cpu()),
+                }
+        return {name: figures for part in gather_objects(found) for name, figures in part.items()}
+
+    def words(self) -> dict[str, float]:
+        """How alike the word embeddings are, as forward reads them. Collective."""
+        return _words(self.module.student.model)
 
     def fragments(self) -> Iterator[Fragment]:
         """The pieces of trained parameters that this rank owns. No collective."""
@@ -245,11 +294,15 @@ class StudentEngine:
 
 
 def _parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
-    """Matrices (decayed), vectors (not), learned scales (own learning rate, not decayed); empty groups left out."""
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "vectors": [], "scales": []}
+    """Matrices (decayed), vectors (not), learned scales (own learning rates, not decayed); empty groups left out."""
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "vectors": [], "scales": [], "clips": []}
     for name, parameter in module.named_parameters():
-        kind = "scales" if is_gamma(name) else "weights" if parameter.ndim >= 2 else "vectors"
+        if is_learned_scale(name):
+            kind = "clips" if has_unit_of_weights(name) else "scales"
+        else:
+            kind = "weights" if parameter.ndim >= 2 else "vectors"
         groups[kind].append(parameter)
-    lrs = {"weights": train.lr, "vectors": train.lr, "scales": train.scale_lr}
-    decays = {"weights": train.weight_decay, "vectors": 0.0, "scales": 0.0}
+    # A clip or a step moves with the weights it is measured in; a gamma or a zero point has a unit of its own.
+    lrs = {"weights": train.lr, "vectors": train.lr, "scales": train.scale_lr or 1e-3, "clips": train.scale_lr or train.lr}
+    decays = {"weights": train.weight_decay, "vectors": 0.0, "scales": 0.0, "clips": 0.0}
     return [{"params": params, "name": kind, "lr": lrs[kind], "peak_lr": lrs[kind], "weight_decay": decays[kind]} for kind, params in groups.items() if params]

@@ -134,6 +134,12 @@ class Metrics:
                 self._tensorboard().add_scalar(name, value, step)
             self.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Show values that are equal on all ranks in TensorBoard alone; the other ranks may have none."""
+        if self._world.rank == 0:
+            for name, value in values.items():
+                self._tensorboard().add_scalar(name, value, step)
+
     def phase(self, name: str) -> Callable[[int, int], None]:
         """A console line for work outside of the steps: call what is returned with (done, total). Nothing on other ranks than 0."""
         return Phase(name) if self._progress is not None else lambda done, total: None
@@ -144,13 +150,31 @@ class Metrics:
             self._progress.close()
             print(message, flush=True)
 
-    def show_scales(self, step: int, scales: dict[str, Tensor]) -> None:
-        """Show scales and learned gammas in TensorBoard under their names: the mean of each parameter's, and how those of its rows are spread."""
-        if self._world.rank == 0:
-            for name, scale in scales.items():
-                self._tensorboard().add_scalar(name, scale.mean(), step)
-                if scale.numel() > 1:
-                    self._tensorboard().add_histogram(name, scale, step)
+    def show_quantization(self, step: int, weights: dict[str, dict[str, Any]]) -> None:
+        """Show figures of weights (name -> figure -> number, tensor or None) in TensorBoard as FIGURE/NAME, each figure's weights side by side.
+
+        Of a tensor the mean, and how its values are spread where it has several; of a tuple, (lowest code, how often each one occurs), bars.
+        """
+        if self._world.rank != 0:
+            return
+        for name, figures in weights.items():
+            for figure, value in figures.items():
+                if isinstance(value, tuple):
+                    lowest, counts = value
+                    self._show_counts(f"{figure}/{name}", lowest, counts, step)
+                elif isinstance(value, Tensor):
+                    self._tensorboard().add_scalar(f"{figure}/{name}", value.mean(), step)
+                    if value.numel() > 1:
+                        self._tensorboard().add_histogram(f"{figure}/{name}", value, step)
+                elif value is not None:
+                    self._tensorboard().add_scalar(f"{figure}/{name}", value, step)
+
+    def _show_counts(self, name: str, lowest: int, counts: Tensor, step: int) -> None:
+        codes = torch.arange(lowest, lowest + len(counts), dtype=torch.float64)
+        counts = counts.double()
+        moments = {"num": counts.sum(), "sum": (counts * codes).sum(), "sum_squares": (counts * codes.square()).sum()}
+        limits = {"bucket_limits": (codes + 0.5).tolist(), "bucket_counts": counts.tolist()}
+        self._tensorboard().add_histogram_raw(name, min=codes[0], max=codes[-1], **moments, **limits, global_step=step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the steps that are not logged yet, as plain values, equal on every rank. Collective."""

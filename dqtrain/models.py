@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from dqtrain.errors import ConfigError, DataError
+from dqtrain.quant.activation import padding_of
 
 logging.disable_progress_bar()  # a bar per loaded model would break the run's own
 
@@ -30,7 +31,8 @@ class Outputs(NamedTuple):  # a tuple, because DeepSpeed looks for tensors in tu
 class LanguageModel(nn.Module):
     """A transformers causal model, its head applied at target positions only.
 
-    Samples are padded on the right, where causal attention never looks, so no attention mask is needed.
+    Samples are padded on the right, where causal attention never looks, so no attention mask is needed. Quantizers of activations
+    that share a scale between tokens are told what is padded.
     """
 
     def __init__(self, model: PreTrainedModel, precision: str = "fp32") -> None:
@@ -42,7 +44,8 @@ class LanguageModel(nn.Module):
         """Token ids [samples, tokens] and a mask of the same shape -> Outputs; logits in fp32."""
         # Autocast sits inside the module: DeepSpeed switches an outer one off (measured).
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            with padding_of(self.model, is_target):  # every real position has a target here
+                hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             logits = self.model.get_output_embeddings()(hidden[is_target])
         return Outputs(hidden.float(), logits.float())
 

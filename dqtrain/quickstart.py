@@ -9,9 +9,9 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from dqtrain.config import PASSIVE, RunConfig, differences, load_config
+from dqtrain.config import BITS_OF_GRID, PASSIVE, Quant, RunConfig, differences, load_config
 from dqtrain.data.corpus import stdlib_summary
 from dqtrain.errors import ConfigError, Stopped
 from dqtrain.files import write_text
@@ -19,7 +19,7 @@ from dqtrain.rundir import RunDir
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROMPT = "    if not isinstance("
-SCALES: tuple[Literal["minmax", "mean_abs", "mse"], ...] = ("minmax", "mean_abs", "mse")
+SCALES: dict[str, Any] = {"minmax": "minmax", "mean_abs": "mean43", "mse": "dynamic"}
 """Rules of the scales that weights get when they are rounded without training."""
 AGAIN = "`make quickstart` (or `dqtrain quickstart`) goes on from here."
 TASK_ONLY = ("distill.task=1.0", "distill.logits=0.0", "distill.contrast=null")
@@ -87,30 +87,28 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
     from dqtrain.evaluate import evaluate
     from dqtrain.metrics import Phase
     from dqtrain.models import LanguageModel, load_model
-    from dqtrain.quant.modules import quantize_inputs, quantize_model, quantized_parameters
-    from dqtrain.quant.scale import round_to_nearest
+    from dqtrain.quant.modules import quantize_model
     from dqtrain.rundir import model_directory
     from dqtrain.world import init_world
 
-    assert config.teacher is not None and config.quant is not None and config.quant.activations is not None
+    assert config.teacher is not None and config.quant is not None
     world = init_world()
     teacher = load_any(model_directory(config.teacher.path))
     stream = evaluation_stream(run.path, teacher, "test", None, None)
-    quantized = load_model(model_directory(config.teacher.path))
-    quantize_model(quantized, config.quant)
     found = {"unigram entropy": unigram_entropy(stream)}
-    for kind in SCALES:
+    for kind, grid in SCALES.items():
         model = load_model(model_directory(config.teacher.path))
-        places = dict(model.named_parameters())
-        names = set()
-        for name, weight, _, quantizer in quantized_parameters(quantized):
-            rule = "mse" if kind == "mean_abs" and quantizer.bits != 2 else kind  # mean_abs is a rule for ternary codes
-            places[name].data.copy_(round_to_nearest(weight.detach(), quantizer.bits, quantizer.granularity, quantizer.row_axis, rule))
-            names.add(name)
-        quantize_inputs(model, names, config.quant.activations.bits)
+        quantize_model(model, _with_grid(config.quant, grid))
         found[kind] = evaluate(LanguageModel(model).to(world.device), stream, 16, world, progress=Phase(f"round-to-nearest with {kind} scales")).loss
     write_text(path, json.dumps(found, indent=1))
     return found
+
+
+def _with_grid(quant: Quant, grid: Any) -> Quant:
+    """The settings with another grid, where that exists at a weight's width."""
+    weights = {kind: getattr(quant, kind) for kind in ("linears", "embeddings", "positions")}
+    exists = {kind: w for kind, w in weights.items() if w is not None and w.bits in BITS_OF_GRID[grid]}
+    return quant.model_copy(update={kind: w.model_copy(update={"grid": grid}) for kind, w in exists.items()})
 
 
 def _tokens_per_s(run: RunDir) -> float:

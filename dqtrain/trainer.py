@@ -55,6 +55,7 @@ class Trainer:
     step: int = 0
     best: dict[str, Any] | None = None  # {"step", "loss"} of the lowest validation loss
     saved_step: int | None = None
+    validated: bool = False
 
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
@@ -126,8 +127,11 @@ class Trainer:
         """Score the validation split, log it, and keep the checkpoint if it is the best so far. Collective."""
         assert self.validation is not None
         self.student.mode(training=False)
-        scores = evaluate(self.student.outputs, self.validation, self.config.train.micro_batch, self.world, max_samples=self.config.eval.max_samples)
+        teacher = None if self.validated else self.teacher  # its figures stay what they are
+        self.validated = True
+        scores = evaluate(self.student.outputs, self.validation, self.config.train.micro_batch, self.world, teacher, self.config.eval.max_samples)
         self.metrics.log_scores(self.step, validation_loss=scores.loss, validation_perplexity=scores.perplexity)
+        self.metrics.show(self.step, {name: value for name, value in scores.as_dict().items() if "hidden" in name})
         if self.best is None or scores.loss < self.best["loss"]:
             self.best = {"step": self.step, "loss": scores.loss}
             if self.config.export.checkpoint == "best" and not self.due(self.config.checkpoint.every_steps):
@@ -137,7 +141,10 @@ class Trainer:
         """Commit a checkpoint of this step, unless there is one, and show the scales. Collective."""
         if self.saved_step == self.step:
             return
-        self.metrics.show_scales(self.step, self.student.scales())
+        self.metrics.show_quantization(self.step, self.student.quantization())
+        self.metrics.show(self.step, self.student.words())
+        if self.teacher and self.saved_step is None:
+            self.metrics.show(self.step, {f"teacher_{name}": value for name, value in self.teacher.words().items()})
         state = {"step": self.step, "best": self.best, "pending_metrics": self.metrics.state(), "config": self.config.model_dump(mode="json")}
         checkpoint.save(self.run.checkpoints, self.step, self.world.rank, self.student, state, self.config.checkpoint.keep_last)
         self.saved_step = self.step

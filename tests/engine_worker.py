@@ -26,7 +26,7 @@ from dqtrain.distill.objective import Objective
 from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models import LanguageModel
-from dqtrain.quant.modules import quantize_model
+from dqtrain.quant.modules import initialise_scales, is_learned_scale, quantize_model
 from dqtrain.trainer import seed_micro_batch
 from dqtrain.world import World, barrier, init_world, sum_over_ranks
 
@@ -64,17 +64,29 @@ def teacher_module(precision: str = "fp32") -> LanguageModel:
     return LanguageModel(float_model(1), precision).eval()
 
 
-def student_model(seed: int = 2, activations: bool = False, **changes: int) -> GPT2LMHeadModel:
-    """2-2-8, or 2-2-float; scales of one element (linears) and of one per row (embeddings)."""
-    model = float_model(seed, **changes)
+def settings(grid: str) -> Quant:
     ternary, positions = WeightQuant(bits=2, granularity="per_row"), WeightQuant(bits=8, granularity="per_row")
-    linears = WeightQuant(bits=2, granularity="per_tensor")
-    quantize_model(model, Quant(linears=linears, embeddings=ternary, positions=positions, activations=ActivationQuant(bits=8) if activations else None))
+    if grid == "dynamic":
+        return Quant(linears=WeightQuant(bits=2, granularity="per_tensor"), embeddings=ternary, positions=positions, activations=None)
+    groups = WeightQuant(grid=grid, bits=4, granularity="per_group", group_size=16)  # type: ignore[arg-type]
+    return Quant(linears=groups, embeddings=groups, positions=positions, activations=None, vectors="bf16")
+
+
+SETTINGS = {grid: settings(grid) for grid in ("dynamic", "lsq", "affine")}
+
+
+def student_model(seed: int = 2, activations: bool = False, grid: str = "dynamic", checkpointing: bool = False, **changes: int) -> GPT2LMHeadModel:
+    """2-2-8, or 2-2-float; scales of one element (linears) and of one per row (embeddings). Other grids: 4-4-8, in groups."""
+    model = float_model(seed, **changes)
+    inputs = ActivationQuant(bits=8, attention=True) if activations else None
+    quantize_model(model, SETTINGS[grid].model_copy(update={"activations": inputs}))
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def student_module(seed: int = 2, activations: bool = False, precision: str = "fp32") -> Objective:
-    return Objective(LanguageModel(student_model(seed, activations), precision), DISTILL)
+def student_module(seed: int = 2, precision: str = "fp32", **student: Any) -> Objective:
+    return Objective(LanguageModel(student_model(seed, **student), precision), DISTILL)
 
 
 def held_whole(module: torch.nn.Module) -> list[str]:
@@ -85,13 +97,13 @@ def held_whole(module: torch.nn.Module) -> list[str]:
 class Trained:
     """Student and teacher engines, with what their steps report."""
 
-    def __init__(self, world: World, stage: int, teacher: int = 0, activations: bool = False, precision: str = "fp32", threshold: int = 0, seed: int = 2):
+    def __init__(self, world: World, stage: int, teacher: int = 0, precision: str = "fp32", threshold: int = 0, seed: int = 2, **student: Any):
         zero = Zero(student=stage, teacher=teacher, persistence_threshold=threshold)  # type: ignore[arg-type]
         train = TRAIN.model_copy(update={"precision": precision})
         self.world, self.stage, self.zero = world, stage, zero
         self.taught = teacher_module(precision)
         self.teacher = TeacherEngine(self.taught, train, zero, world)
-        self.student = StudentEngine(student_module(seed, activations, precision), train, zero, world)
+        self.student = StudentEngine(student_module(seed, precision, **student), train, zero, world)
         self.terms: list[dict[str, float]] = []
         self.whole: dict[str, set[str]] = {"student": set(), "teacher": set(), "left behind": set()}
 
@@ -206,6 +218,22 @@ def refusals(world: World, folder: Path) -> None:
         engine.PRIVATE_NAMES[stage] = names
     if world.rank == 0:
         (folder / "refusals.json").write_text(json.dumps(found))
+
+
+def initialise(world: World, folder: Path) -> None:
+    """The learned scales of a model whose weights are partitioned; -> initialise-RANK.safetensors."""
+    model = float_model(2)
+    quantize_model(model, SETTINGS["affine"], initialise=False)
+    engine.deepspeed.zero.Init(module=model)
+    partitioned = [name for name, p in model.named_parameters() if p.numel() == 0]
+    assert len(partitioned) == len(list(model.parameters()))
+    initialise_scales(model, engine.gather)
+    found = {}
+    for name, parameter in model.named_parameters():
+        if is_learned_scale(name):
+            with engine.gather([parameter]):
+                found[name] = parameter.detach().clone()
+    save_file(found, folder / f"initialise-{world.rank}.safetensors")
 
 
 def save_at(world: World, folder: Path, name: str, **how: Any) -> None:

@@ -207,8 +207,8 @@ def test_full_disk_while_running(stopped, tmp_path):
 
 
 def test_glob_that_matches_nothing(make_run):
-    code, message = refused_by_a_rank(make_run(), 'quant.keep_float=["encoder.*"]')
-    assert code == 2 and "quant.keep_float has `encoder.*`" in message
+    code, message = refused_by_a_rank(make_run(), 'quant.overrides=[{match: "encoder.*", keep_float: true}]')
+    assert code == 2 and "quant.overrides has `encoder.*`" in message
 
 
 def test_truncated_shard(make_run, world, tmp_path):

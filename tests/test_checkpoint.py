@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from dqtrain import checkpoint
 from dqtrain.errors import CheckpointError
+from dqtrain.quant.modules import is_learned_scale
 
 STAGES = (1, 2, 3)
 
@@ -146,7 +147,7 @@ def test_fill_gives_a_plain_model_the_same_weights(saved, stage):
         assert torch.equal(parameter, expected[f"student.model.{name}|fp32"])
     from_float = float_model(9)
     left = checkpoint.fill(from_float, folder)
-    assert left.keys() == {name for name, _ in model.named_parameters() if name.endswith("weight_gamma")}
+    assert left.keys() == {name for name, _ in model.named_parameters() if is_learned_scale(name)}
     assert all(torch.equal(value, expected[f"student.model.{name}|fp32"]) for name, value in left.items())
     for name, parameter in from_float.named_parameters():
         assert torch.equal(parameter, expected[f"student.model.{name}|fp32"])

@@ -63,6 +63,26 @@ def test_pretraining_learns_and_exports_a_model_that_transformers_loads(chain):
     assert tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0]).startswith("the cat")
 
 
+EVERYTHING = """{linears: {grid: lsq, bits: 4, granularity: per_group, group_size: 16}, embeddings: {grid: seq, bits: 2, granularity: per_row},
+ positions: {bits: 8, granularity: per_row}, vectors: bf16, activations: {bits: 8, scale: learned, attention: true},
+ overrides: [{match: "*.mlp.c_proj.weight", weights: {grid: affine, bits: 3, granularity: per_row}, activations: {bits: 8, scale: per_tensor}},
+ {match: "*.0.attn.c_proj.weight", keep_float: true}]}"""
+
+
+def test_a_run_with_every_kind_of_quantizer_ends_with_its_proof(make_run):
+    run = make_run(quant=EVERYTHING.replace("\n", ""), eval="{max_samples: 8}", checkpoint="{every_steps: 8}")
+    code, output = run.train()
+    assert code == 0, output
+    parity = result(run)["export"]["parity"]
+    assert parity["relative_logit_difference"] == 0.0
+    about = json.loads((run.path / "artifact/packed/artifact.json").read_text())
+    assert {row["quantizer"]["grid"] for row in about["coverage"] if row["quantizer"]} == {"lsq", "seq", "dynamic", "affine"}
+    code, again = run.dqtrain("eval", str(run.path / "artifact/packed"), "--data", str(run.config), "--tokens-per-sample", "16")
+    assert code == 0 and json.loads(again.splitlines()[-1])["loss"] > 0
+    code, text = run.dqtrain("generate", str(run.path / "artifact/packed"), "the cat", "--tokens", "4")
+    assert code == 0 and text.startswith("the cat")
+
+
 def test_best_checkpoint_is_the_one_that_was_tested(chain):
     run, _ = chain
     losses = {line["step"]: line["validation_loss"] for line in run.log() if "validation_loss" in line}

@@ -71,8 +71,8 @@ def test_numbers_are_read_as_written(small):
         ("teacher: {path: teacher}", "teacher: null", "nothing says what the student is"),
         (
             "quant: null",
-            "quant: {linears: {bits: 3, granularity: per_row}, embeddings: null, positions: null, activations: null}",
-            "x.yaml:9: quant.linears.bits: is 3, but input should be 2, 4 or 8.",
+            "quant: {linears: {bits: 5, granularity: per_row}, embeddings: null, positions: null, activations: null}",
+            "x.yaml:9: quant.linears.bits: is 5, but input should be 1, 2, 3, 4, 8 or 'ternary'.",
         ),
         ("run: {", "run: {dir: a}}", "x.yaml:1: not valid YAML"),
     ],
@@ -147,8 +147,9 @@ def test_no_knob_is_dead_and_every_knob_is_documented():
     def is_read(leaf):
         block, _, field = leaf.rpartition(".")
         owner = block.rpartition(".")[2]
-        handed_on = {"quant": "config", "linears": "settings", "embeddings": "settings", "positions": "settings", "contrast": "settings", "distill": "settings"}
-        return (owner, field) in read or (handed_on.get(owner), field) in read
+        handed_on = dict.fromkeys(("linears", "embeddings", "positions", "weights", "contrast", "distill"), ("settings",))
+        handed_on |= {"quant": ("config",), "activations": ("inputs", "settings"), "overrides": ("override",)}
+        return any((name, field) in read for name in (owner, *handed_on.get(owner, ())))
 
     assert [leaf for leaf in _leaves(RunConfig) if not is_read(leaf)] == []
     assert not is_read("train.nonsense") and not is_read("run.dir_") and not is_read("log.steps")

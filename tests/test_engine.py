@@ -5,17 +5,23 @@ from functools import cache
 
 import pytest
 import torch
-from engine_worker import DISTILL, FACTORS, NUM_TARGETS, TRAIN, micro_batches, start_ranks, student_module, teacher_module
+from engine_worker import DISTILL, FACTORS, NUM_TARGETS, TRAIN, micro_batches, start_ranks, student_model, student_module, teacher_module
 from safetensors.torch import load_file
 
 from dqtrain import checkpoint
 from dqtrain.data.stream import IGNORED
+from dqtrain.quant.modules import is_learned_scale
 
 CASES = {f"fp32-{stage}-{teacher}": {"stage": stage, "teacher": teacher} for stage in (1, 2, 3) for teacher in (0, 3)}
 CASES["persistent"] = {"stage": 3, "teacher": 3, "threshold": 10**6}
 CASES["released"] = {"stage": 3, "teacher": 3}
 CASES |= {f"codes-{stage}": {"stage": stage, "teacher": 3, "activations": True} for stage in (1, 3)}
 CASES |= {f"bf16-{stage}": {"stage": stage, "teacher": stage % 2 * 3, "precision": "bf16"} for stage in (2, 3)}
+CASES |= {f"checkpointing-{stage}": {"stage": stage, "checkpointing": True} for stage in (1, 3)}
+CASES |= {f"untied-{stage}": {"stage": stage, "tie_word_embeddings": False} for stage in (2, 3)}
+CASES |= {f"{grid}-3": {"stage": 3, "grid": grid} for grid in ("lsq", "affine")}
+ALONE = {"alone-1": {"stage": 1}, "alone-3": {"stage": 3, "tie_word_embeddings": False, "checkpointing": True}}
+STUDENT = ("activations", "precision", "checkpointing", "tie_word_embeddings", "grid")
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +30,22 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     jobs = [("train", {"name": name, **how}) for name, how in CASES.items() if name != "released"] + [("release", {"name": "released"})]
     jobs += [("teach", {"name": f"teacher-{precision}", "teacher": 3, "precision": precision}) for precision in ("fp32", "bf16")]
-    start_ranks(folder, 2, [*jobs, ("refusals", {})])
+    start_ranks(folder, 2, [*jobs, ("refusals", {}), ("initialise", {})])
+    start_ranks(folder, 1, [("train", {"name": name, **how}) for name, how in ALONE.items()])
     return folder
 
 
 @cache
-def reference(activations=False, precision="fp32", joined=True):
+def reference(joined=True, precision="fp32", **student):
     """(terms of each step, weights after them, weights before, outputs) of plain torch; `joined`: the global batch in one forward."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks, so that sums have one order
-    objective, teacher = student_module(activations=activations, precision=precision), teacher_module(precision)
+    objective, teacher = student_module(precision=precision, **student), teacher_module(precision)
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
     groups = [
         {"params": [p for name, p in objective.named_parameters() if p.ndim == 2], "lr": TRAIN.lr, "weight_decay": TRAIN.weight_decay},
-        {"params": [p for name, p in objective.named_parameters() if p.ndim == 1 and "gamma" not in name], "lr": TRAIN.lr, "weight_decay": 0.0},
-        {"params": [p for name, p in objective.named_parameters() if "gamma" in name], "lr": TRAIN.scale_lr, "weight_decay": 0.0},
+        {"params": [p for name, p in objective.named_parameters() if p.ndim == 1 and not is_learned_scale(name)], "lr": TRAIN.lr, "weight_decay": 0.0},
+        {"params": [p for name, p in objective.named_parameters() if is_learned_scale(name)], "lr": TRAIN.scale_lr, "weight_decay": 0.0},
     ]
     assert all(group["params"] for group in groups)
     optimizer = torch.optim.AdamW(groups, eps=TRAIN.adam_eps)
@@ -81,16 +88,16 @@ def report(found, name, rank=0):
 
 def deviations(found, name):
     """Largest error of the losses and norms (relative), of the weights and of the scales (both relative to their largest change), of outputs and bank."""
-    how = CASES[name]
+    how = {key: value for key, value in (CASES | ALONE)[name].items() if key in STUDENT}
     exact = "activations" not in how and "precision" not in how
-    terms, after, before, outputs = reference(how.get("activations", False), how.get("precision", "fp32"), exact)
+    terms, after, before, outputs = reference(exact, **how)
     ours = report(found, name)["terms"]
     assert [line.keys() for line in ours] == [line.keys() for line in terms]
     result = {"terms": max(abs(line[key] / value - 1) for line, expected in zip(ours, terms, strict=True) for key, value in expected.items())}
     trained = dict(checkpoint.weights(found / name / "step-000000003", prefix=""))
     assert trained.keys() == after.keys()
     for kind in ("weights", "scales"):
-        names = [key for key in after if key.endswith("weight_gamma") == (kind == "scales")]
+        names = [key for key in after if is_learned_scale(key) == (kind == "scales")]
         change = max(float((after[key] - before[key]).abs().max()) for key in names)
         result[kind] = max(float((after[key] - trained[key]).abs().max()) for key in names) / change
     said = load_file(found / f"{name}-0.safetensors")
@@ -102,13 +109,13 @@ def deviations(found, name):
 
 # A change of a weight near 1, or of a gamma near 4, is known to 1e-5: fp32 keeps no more digits of their sum.
 EXACT = {"terms": 2e-6, "weights": 3e-5, "scales": 3e-5, "hidden": 1e-5, "logits": 1e-5, "bank": 1e-5}
-# 8-bit rounding and bf16 turn a last bit now and then into a whole step.
-ROUNDED = dict.fromkeys(EXACT, 1e-3)
+# 8-bit rounding and bf16 turn a last bit now and then into a whole step, of which a single output shows more than a sum of many.
+ROUNDED = {**dict.fromkeys(EXACT, 1e-3), "hidden": 1e-2, "logits": 1e-2, "bank": 1e-2}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *ALONE])
 def test_engines_equal_plain_torch(found, name):
-    limits = EXACT if name.startswith(("fp32", "persistent", "released")) else ROUNDED
+    limits = ROUNDED if name.startswith(("codes", "bf16")) else EXACT
     measured = deviations(found, name)
     assert all(measured[key] <= limit for key, limit in limits.items()), measured
 
@@ -121,8 +128,17 @@ def test_ranks_agree_in_every_bit_and_all_state_is_fp32(found, name):
     assert report(found, name, 0)["terms"] == report(found, name, 1)["terms"]
     for rank in (0, 1):
         assert report(found, name, rank)["dtypes"] == ["torch.bool", "torch.float32"]  # bool: which rows of the bank were touched
-    expected = {"lr_weights": TRAIN.lr, "lr_vectors": TRAIN.lr, "lr_scales": TRAIN.scale_lr}
+    expected = {"lr_weights": TRAIN.lr, "lr_vectors": TRAIN.lr, "lr_scales": TRAIN.scale_lr, "lr_clips": TRAIN.scale_lr}
+    expected = {key: value for key, value in expected.items() if key in report(found, name)["learning_rates"]}
+    assert len(expected) == (4 if "grid" in CASES[name] else 3)
     assert report(found, name)["learning_rates"] == {key: FACTORS[-1] * value for key, value in expected.items()}
+
+
+def test_scales_of_partitioned_weights_start_where_those_of_whole_ones_do(found):
+    expected = {name: p for name, p in student_model(grid="affine").named_parameters() if is_learned_scale(name)}
+    for rank in (0, 1):
+        started = load_file(found / f"initialise-{rank}.safetensors")
+        assert started.keys() == expected.keys() and all(torch.equal(started[name], p) for name, p in expected.items())
 
 
 def test_learned_scales_and_every_term_take_part():
@@ -134,7 +150,7 @@ def test_learned_scales_and_every_term_take_part():
     assert all(not torch.equal(after[key], before[key]) for key in after)
     for how in ({"activations": True}, {"precision": "bf16"}):  # not the same numbers under another name
         assert abs(reference(**how, joined=False)[0][-1]["total"] / terms[-1]["total"] - 1) > 10 * EXACT["terms"]
-        assert (reference(**how, joined=False)[3]["logits"] - reference()[3]["logits"]).abs().max() > 10 * ROUNDED["logits"]
+        assert (reference(**how, joined=False)[3]["logits"] - reference()[3]["logits"]).abs().max() > 10 * ROUNDED["terms"]
 
 
 def test_a_quantized_weight_leaves_no_dense_copy(found):
@@ -161,7 +177,7 @@ def test_teacher_is_released_after_forward_and_has_no_gradient(found):
     for name, how in CASES.items():
         for rank in (0, 1):
             assert report(found, name, rank)["teacher_gradients"] == 0
-            if how["teacher"] == 3 and "threshold" not in how:
+            if how.get("teacher") == 3 and "threshold" not in how:
                 assert report(found, name, rank)["whole"]["teacher"] == []
 
 

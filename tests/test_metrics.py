@@ -152,21 +152,28 @@ def test_values_that_are_not_finite_are_kept(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     metrics = Metrics(RunDir(tmp_path), World(rank=1, world_size=1, local_rank=0, device=torch.device("cpu")), 1)
-    metrics.show_scales(1, {"weights": torch.ones(3)})
+    metrics.show_quantization(1, {"weight": {"scale": torch.ones(3)}})
+    metrics.show(1, {"word_rank": 2.0})
     metrics.log(1, 1)
     metrics.close()
     assert os.listdir(tmp_path) == []
 
 
-def test_scales_are_shown(tmp_path: Path) -> None:
+def test_quantization_is_shown(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     metrics = Metrics(run, ALONE, 1)
-    metrics.show_scales(1, {"weights": torch.tensor([1.0, 2.0, 6.0]), "bias": torch.ones(1)})
+    many = {"scale": torch.tensor([1.0, 2.0, 6.0]), "clip_fraction": 0.25, "codes_changed": None, "codes": (-1, torch.tensor([5, 0, 7]))}
+    metrics.show_quantization(1, {"a.weight": many, "b.weight": {"scale": torch.ones(1)}})
+    metrics.show(1, {"word_rank": 12.5})
     metrics.close()
     shown = EventAccumulator(str(run.tensorboard)).Reload()
-    assert shown.Histograms("weights")[0].histogram_value.num == 3
-    assert shown.Scalars("weights")[0].value == 3.0
-    assert shown.Scalars("bias")[0].value == 1.0
+    assert shown.Histograms("scale/a.weight")[0].histogram_value.num == 3
+    assert shown.Scalars("scale/a.weight")[0].value == 3.0 and shown.Scalars("scale/b.weight")[0].value == 1.0
+    assert shown.Scalars("clip_fraction/a.weight")[0].value == 0.25 and "codes_changed/a.weight" not in shown.Tags()["scalars"]
+    codes = shown.Histograms("codes/a.weight")[0].histogram_value
+    assert (codes.min, codes.max, codes.num, codes.sum, codes.sum_squares) == (-1, 1, 12, 2, 12)
+    assert list(zip(codes.bucket_limit, codes.bucket, strict=True))[-3:] == [(-0.5, 5), (0.5, 0), (1.5, 7)]
+    assert shown.Scalars("word_rank")[0].value == 12.5
 
 
 LINE = {"step": 5, "tokens": 320, "loss": 2.34567, "lr": 1e-4, "tokens_per_s": 12345.6, "eta_s": 3725.0, "time": "2026-01-01T00:00:00+00:00"}

@@ -37,8 +37,11 @@ def test_uninterrupted_run_is_whole(uninterrupted):
 
     shown = EventAccumulator(str(uninterrupted.path / "tensorboard")).Reload().Tags()
     assert {"loss", "logits", "tokens_per_s", "lr_scales", "gradient_norm", "validation_loss"} <= set(shown["scalars"])
-    assert {f"{kind}/transformer.h.0.attn.c_attn.weight" for kind in ("scale", "gamma")} <= set(shown["scalars"])
-    assert "scale/transformer.wte.weight" in shown["histograms"]
+    figures = ("scale", "gamma", "quantization_error", "clip_fraction", "codes_changed")
+    assert {f"{figure}/transformer.h.0.attn.c_attn.weight" for figure in figures} <= set(shown["scalars"])
+    assert {"scale/transformer.wte.weight", "codes/transformer.wte.weight"} <= set(shown["histograms"])
+    alike = {f"{who}{what}" for who in ("", "teacher_") for what in ("word_cosine", "word_rank", "hidden_cosine", "hidden_rank")}
+    assert alike <= set(shown["scalars"])
     # both ranks took part, and both left nothing on the error side
     assert (uninterrupted.path / "rank-0001.log").read_text().count("Traceback") == 0
 

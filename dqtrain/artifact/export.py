@@ -31,7 +31,8 @@ def export(run: RunDir, folder: Path) -> dict[str, Any]:
             shutil.copy(file, partial)
         if config.quant is not None:
             coverage = json.loads(run.coverage.read_text())
-            about = {"activation_bits": config.quant.activations.bits if config.quant.activations else None, "checkpoint": folder.name, "coverage": coverage}
+            activations = config.quant.activations.model_dump() if config.quant.activations else None
+            about = {"activations": activations, "checkpoint": folder.name, "coverage": coverage}
             format.write(model, partial, about)
         else:
             model.save_pretrained(partial)

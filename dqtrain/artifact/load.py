@@ -1,5 +1,6 @@
 """An artifact, or any model directory or run, as a transformers model that computes what was trained."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ from transformers import PreTrainedModel
 
 from dqtrain import checkpoint
 from dqtrain.artifact.format import read_description, read_weights
+from dqtrain.config import ActivationQuant
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models import empty_model, load_model
-from dqtrain.quant.modules import quantize_inputs, quantize_model
+from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model
 from dqtrain.rundir import RunDir
 
 
@@ -24,15 +26,19 @@ def load_artifact(path: Path | str) -> PreTrainedModel:
     about = read_description(folder)
     model = empty_model(folder)
     stored = read_weights(folder, about)
+    if about["activations"] is not None:
+        inputs = {row.name: row.input_quantizer for row in Coverage.from_json(json.dumps(about["coverage"])).rows if row.input_quantizer}
+        quantize_activations(model, inputs, ActivationQuant(**about["activations"]))
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in stored:
+                buffer.copy_(stored[name])
         for name, parameter in model.named_parameters():
             if name not in stored:
                 raise CheckpointError(f"{folder}: has no tensor {name}, which {type(model).__name__} needs. Export the run again.")
             if stored[name].shape != parameter.shape:
                 raise CheckpointError(f"{folder}: {name} has shape {tuple(stored[name].shape)}, the model's is {tuple(parameter.shape)}. Export the run again.")
             parameter.copy_(stored[name])
-    if about["activation_bits"] is not None:
-        quantize_inputs(model, set(about["packed"]), about["activation_bits"])
     return model.eval()
 
 

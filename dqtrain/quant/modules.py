@@ -1,64 +1,66 @@
 """Quantization inside a model's own classes: a mixin over each module's class, and the coverage of the whole model.
 
-A quantized module keeps its parent's `forward`, parameters and state-dict keys; for the time of one call its `weight` is
-the fake-quantized one. Nothing dense is kept for backward: the quantized weight is made again from the Parameter, so under
-ZeRO-3 only partitions outlive a call. The learned gamma is a Parameter of the same module, `weight_gamma`, so that it is
-gathered together with the weight; a tied weight has one gamma, registered on each module that holds it.
+A quantized module keeps its parent's `forward`, parameters and state-dict keys; for the time of one call its parameters are
+the fake-quantized ones. Nothing dense is kept for backward: the quantized weight is made again from the Parameter, so under
+ZeRO-3 only partitions outlive a call. What a quantizer learns is a Parameter of the same module, such as `weight_gamma`, so
+that it is gathered together with the weight; a tied weight has one, registered on each module that holds it.
 
-A weight that is read without calling its module escapes: `check_all_ran` says so after the first step. Activation
-checkpointing is correct but saves less: inputs of quantized modules stay alive, because of two nested saved-tensor hooks
-torch runs the inner one alone.
+A weight that is read without calling its module escapes: `check_all_ran` says so after the first step.
 """
 
 import functools
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
-from dqtrain.config import Quant, WeightQuant
+from dqtrain.config import ActivationQuant, Quant, WeightQuant
 from dqtrain.errors import ConfigError
-from dqtrain.quant.grid import DynamicFakeQuantize, Granularity, dynamic_scale, fake_quantize, fake_quantize_activation, quantize
-from dqtrain.quant.scale import initial_gamma
+from dqtrain.quant.activation import ActivationQuantizer, is_one_sided, real_positions, watch_padding
+from dqtrain.quant.attention import check_attention_ran, quantize_attention
+from dqtrain.quant.grid import Scales, WeightQuantizer
+from dqtrain.quant.saved import made_again
+from dqtrain.quant.scale import initial_learned
 
-POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings"})
-"""Names under which an nn.Embedding is a table of positions (GPT-2; BART and OPT; BERT); any other one holds words."""
+POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "relative_attention_bias"})
+"""Names under which an nn.Embedding is a table of positions (GPT-2; BART and OPT; BERT; T5); any other one holds words."""
+
+_SAME_MEMORY = re.compile(r"View|Reshape|Transpose|Permute|BackwardFunction")
+"""Names of autograd nodes that give what they got, in another shape; the last one is DeepSpeed's."""
+
+_LEARNED = re.compile(r"_(gamma|clip|step|zero_point)$")
 
 
-def is_gamma(name: str) -> bool:
-    """Whether a parameter of this name is a learned gamma, of which the float model knows nothing."""
-    return name.endswith("weight_gamma")
+def is_learned_scale(name: str) -> bool:
+    """Whether a parameter of this name was put beside a weight by a quantizer, so that the float model knows nothing of it."""
+    return _LEARNED.search(name) is not None
+
+
+def has_unit_of_weights(name: str) -> bool:
+    """Whether a learned scale is in the unit of what it quantizes (a clip or a step), rather than a factor or a code."""
+    return name.endswith(("_clip", "_step"))
 
 
 def float_bytes(model: nn.Module) -> int:
     """Bytes of the float model in fp32, tied weights once."""
-    return sum(4 * p.numel() for name, p in model.named_parameters() if not is_gamma(name))
+    return sum(4 * p.numel() for name, p in model.named_parameters() if not is_learned_scale(name))
 
 
-@dataclass(frozen=True)
-class WeightQuantizer:
-    """How one weight matrix becomes codes; the learned part is the gamma beside the weight."""
+class _RoundToBf16(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor) -> Tensor:
+        return vector.to(torch.bfloat16).to(vector.dtype)
 
-    bits: int
-    granularity: Granularity
-    row_axis: int  # axis of the outputs: 0, or 1 in a Conv1D
-    portable: bool
-
-    def scale(self, weight: Tensor, gamma: Tensor) -> Tensor:
-        """Real units per code, [1] or [rows], those of the forward in training."""
-        return dynamic_scale(weight, gamma, self.bits, self.granularity, self.row_axis, self.portable)
-
-    def quantize(self, weight: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes int8, scale [1] or [rows]), those of the forward in training."""
-        scale = self.scale(weight, gamma)
-        return quantize(weight, scale, self.bits, self.row_axis), scale
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class _Quantized(nn.Module):
@@ -67,55 +69,82 @@ class _Quantized(nn.Module):
         return _empty, type(self).__bases__, self.__dict__
 
 
-class QuantizedInput(_Quantized):
-    """Mixin: the parent's own forward on an input [..., features] quantized per token."""
+def _is_kept_by_its_maker(x: Tensor) -> bool:
+    """Whether the operation that gave x has saved it for its own backward, as ReLU, tanh and torch's attention do."""
+    node = x.grad_fn
+    while node is not None and _SAME_MEMORY.search(node.name()) and node.next_functions:
+        node = node.next_functions[0][0]
+    # Looked up on the type: reading it from the node would unpack it.
+    return node is not None and (hasattr(type(node), "_saved_result") or hasattr(type(node), "_saved_output"))
 
-    input_bits: int
+
+class QuantizedInput(_Quantized):
+    """Mixin: the parent's own forward on a quantized input [..., features]."""
+
+    input_quantizer: ActivationQuantizer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward."""
-        return super().forward(fake_quantize_activation(x, self.input_bits), *args, **kwargs)
+        quantizer, is_real = self.input_quantizer, real_positions(x, self)
+        quantized = quantizer(x, self, is_real)
+        if quantized is x or not torch.is_grad_enabled() or not (quantizer.learned_names or _is_kept_by_its_maker(x)):
+            return super().forward(quantized, *args, **kwargs)
+        # Something keeps x: then the quantized one is made again from it rather than kept beside it.
+        maker = functools.partial(quantizer.value, learned=quantizer.learned_values(self) if quantizer.learned_names else (), is_real=is_real)
+        with made_again({quantized.untyped_storage().data_ptr(): maker}, x):
+            return super().forward(quantized, *args, **kwargs)
 
 
-class QuantizedWeight(_Quantized):
-    """Mixin: the parent's own forward with its weight fake-quantized for that one call."""
+class QuantizedExpertsInput(QuantizedInput):
+    """Mixin: as QuantizedInput, and the gated product inside each expert, which is the input of its second matrix, is quantized too."""
 
-    weight_gamma: nn.Parameter
-    weight_quantizer: WeightQuantizer
-    weight_name: str  # in the model that was quantized
+    gated_quantizer: ActivationQuantizer
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:  # what transformers' implementations of experts call
+        return self.gated_quantizer(super()._apply_gate(gate_up), self)  # type: ignore[misc] # of the experts' class
+
+
+class QuantizedParameters(_Quantized):
+    """Mixin: the parent's own forward with its parameters fake-quantized for that one call."""
+
+    weight_quantizers: dict[str, WeightQuantizer]  # by the parameter's name in the module
+    weight_names: dict[str, str]  # in the model that was quantized
+    rounded: tuple[str, ...] = ()  # vectors that are rounded to bf16
     quantizer_ran = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward. Under autocast a linear multiplies in the lower precision, from a weight quantized in fp32."""
-        weight, quantizer = self._parameters["weight"], self.weight_quantizer
-        assert weight is not None
-        dtype = weight.dtype
-        if isinstance(self, nn.Linear | Conv1D) and torch.is_autocast_enabled(weight.device.type):
-            # Cast here: autocast would cast inside the parent's forward, and the copy that it saves could not be told from others.
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        quantized, scale = DynamicFakeQuantize.apply(weight, self.weight_gamma, quantizer.bits, quantizer.granularity, quantizer.row_axis, quantizer.portable)
-        quantized = quantized.to(dtype)
-        storage = quantized.untyped_storage().data_ptr()
-
-        def drop(tensor: Tensor) -> Any:  # matches views too, such as the transpose that a linear saves
-            is_quantized = tensor.untyped_storage().data_ptr() == storage
-            return (tensor.shape, tensor.stride(), tensor.storage_offset()) if is_quantized else tensor
-
-        def make_again(saved: Any) -> Tensor:
-            if isinstance(saved, Tensor):
-                return saved
-            with torch.no_grad():
-                return fake_quantize(weight, scale, quantizer.bits, quantizer.row_axis).to(dtype).as_strided(*saved)
-
-        self.quantizer_ran = True
-        self.__dict__["weight"] = quantized  # found before the Parameter
+        makers: dict[int, Callable[..., Tensor]] = {}
         try:
-            if not torch.is_grad_enabled():
+            for key in self.rounded:
+                self.__dict__[key] = _RoundToBf16.apply(self._parameters[key])  # found before the Parameter
+            for key, quantizer in self.weight_quantizers.items():
+                weight, scales, quantized = self._fake_quantize(key, quantizer)
+                makers[quantized.untyped_storage().data_ptr()] = functools.partial(_value, weight, quantizer, scales, quantized.dtype)
+                self.__dict__[key] = quantized
+            self.quantizer_ran = True
+            if not makers or not torch.is_grad_enabled():
                 return super().forward(*args, **kwargs)
-            with saved_tensors_hooks(drop, make_again):
+            with made_again(makers):
                 return super().forward(*args, **kwargs)
         finally:
-            del self.__dict__["weight"]
+            for key in (*self.rounded, *self.weight_quantizers):
+                self.__dict__.pop(key, None)
+
+    def _fake_quantize(self, key: str, quantizer: WeightQuantizer) -> tuple[Tensor, Scales, Tensor]:
+        weight = self._parameters[key]
+        assert weight is not None
+        value, scales = quantizer.fake_quantize(weight, *(getattr(self, f"{key}_{name}") for name in quantizer.learned))
+        dtype = weight.dtype
+        if not isinstance(self, nn.Embedding) and torch.is_autocast_enabled(weight.device.type):
+            # Cast here: autocast would cast inside the parent's forward, and the copy that it saves could not be told from others.
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return weight, scales, value.to(dtype)
+
+
+@torch.no_grad()
+def _value(weight: Tensor, quantizer: WeightQuantizer, scales: Scales, dtype: torch.dtype) -> Tensor:
+    return quantizer.value(weight, scales).to(dtype)
 
 
 @functools.cache
@@ -129,18 +158,11 @@ def _empty(*bases: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def quantize_input(module: nn.Module, bits: int) -> None:
-    """Quantize the inputs of a Linear or Conv1D, in place; its weight stays what it is."""
-    module.__class__ = _quantized(QuantizedInput, type(module))  # type: ignore[arg-type]
-    module.input_bits = bits  # type: ignore[assignment]
-
-
-def quantize_inputs(model: nn.Module, names: Collection[str], bits: int) -> None:
-    """Quantize the inputs of every Linear and Conv1D whose weight is one of the named parameters, by any of its names: what an artifact needs."""
-    weights = {parameter for name, parameter in model.named_parameters() if name in names}
-    for module in list(model.modules()):
-        if isinstance(module, nn.Linear | Conv1D) and module.weight in weights:
-            quantize_input(module, bits)
+def _mix_in(module: nn.Module, mixin: type) -> None:
+    """Put a mixin in front of a module's class, those already there before or after it."""
+    bases = type(module).__bases__ if isinstance(module, _Quantized) else (type(module),)
+    if mixin not in bases:
+        module.__class__ = _quantized(mixin, *bases)
 
 
 @dataclass(frozen=True)
@@ -149,13 +171,25 @@ class CoverageRow:
 
     name: str
     shape: tuple[int, ...]
-    bits: int | None = None
-    granularity: Granularity | None = None
-    grid: str | None = None
-    activation_bits: int | None = None
+    kind: str | None = None  # linears, embeddings or positions; None: no such thing
+    quantizer: WeightQuantizer | None = None
+    input_quantizer: ActivationQuantizer | None = None
     reason: str | None = None
-    row_axis: int | None = None
-    gamma_name: str | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of the weight; 0 where it stays float."""
+        return self.quantizer.num_scales(self.shape) if self.quantizer else 0
+
+    @property
+    def learned_names(self) -> list[str]:
+        """Names of the parameters that the weight's quantizer learns."""
+        return [f"{self.name}_{learned}" for learned in self.quantizer.learned] if self.quantizer else []
 
 
 @dataclass(frozen=True)
@@ -167,26 +201,29 @@ class Coverage:
     @property
     def fraction(self) -> float:
         """Quantized elements / all elements."""
-        sizes = [(torch.Size(row.shape).numel(), row.bits is not None) for row in self.rows]
-        return sum(size for size, is_quantized in sizes if is_quantized) / sum(size for size, _ in sizes)
+        return sum(row.numel for row in self.rows if row.quantizer) / max(1, sum(row.numel for row in self.rows))
 
     def table(self) -> str:
         """Aligned text for a terminal."""
         cells = [("parameter", "shape", "weight", "input", "why float")]
         for row in self._grouped():
-            weight = f"{row.bits} bit {row.granularity}" if row.bits else "float"
-            inputs = f"{row.activation_bits} bit" if row.activation_bits else "float"
+            weight, inputs = "float", "float"
+            if row.quantizer is not None:
+                q = row.quantizer
+                width = "ternary" if q.levels.count == 3 else f"{q.bits} bit"
+                weight = f"{width} {q.grid} {q.granularity}{f' {q.group_size}' if q.group_size else ''}"
+            if row.input_quantizer is not None:
+                inputs = f"{row.input_quantizer.bits} bit {row.input_quantizer.scale}{' asymmetric' if row.input_quantizer.asymmetric else ''}"
             cells.append((row.name, " x ".join(map(str, row.shape)), weight, inputs, row.reason or ""))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-        return "\n".join([*lines, f"{self.fraction:.1%} of the elements of these parameters are quantized; norms and biases stay float."])
+        return "\n".join([*lines, f"{self.fraction:.1%} of the elements of these parameters are quantized."])
 
     def _grouped(self) -> list[CoverageRow]:
         """Rows that differ in the numbers of their names alone, as one: layers.0-11.fc1.weight."""
         groups: dict[tuple[Any, ...], list[CoverageRow]] = {}
         for row in self.rows:
-            key = (re.sub(r"\d+", "", row.name), row.shape, row.bits, row.granularity, row.activation_bits, row.reason)
-            groups.setdefault(key, []).append(row)
+            groups.setdefault((re.sub(r"\d+", "", row.name), replace(row, name="")), []).append(row)
         result = []
         for rows in groups.values():
             first, last = (re.split(r"(\d+)", row.name) for row in (rows[0], rows[-1]))
@@ -201,10 +238,15 @@ class Coverage:
     @classmethod
     def from_json(cls, text: str) -> "Coverage":
         """What `to_json` wrote."""
-        return cls([CoverageRow(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(text)])
+        rows = []
+        for row in json.loads(text):
+            weight, inputs = row.pop("quantizer"), row.pop("input_quantizer")
+            row |= {"shape": tuple(row["shape"]), "quantizer": weight and WeightQuantizer(**weight)}
+            rows.append(CoverageRow(**row, input_quantizer=inputs and ActivationQuantizer(**inputs)))
+        return cls(rows)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Holder:
     """A module and the name under which it holds a parameter."""
 
@@ -217,119 +259,224 @@ class _Holder:
         return f"{self.module_name}.{self.key}" if self.module_name else self.key
 
     @property
+    def is_experts(self) -> bool:
+        parameter = self.module._parameters[self.key]
+        return type(self.module).__name__.endswith("Experts") and parameter is not None and parameter.ndim == 3
+
+    @property
+    def is_router(self) -> bool:
+        last = self.module_name.rpartition(".")[2]
+        return type(self.module).__name__.endswith("Router") or (last in ("gate", "router", "shared_expert_gate") and isinstance(self.module, nn.Linear))
+
+    @property
     def kind(self) -> str | None:
-        if self.key != "weight":
+        if self.is_experts:
+            return "linears"
+        if self.key != "weight" or self.is_router:
             return None
         if isinstance(self.module, nn.Embedding):
             return "positions" if self.module_name.rpartition(".")[2] in POSITION_TABLES else "embeddings"
         return "linears" if isinstance(self.module, nn.Linear | Conv1D) else None
 
+    @property
+    def row_axis(self) -> int:
+        """Axis of the outputs, of a matrix's two: some experts (GPT-OSS) store their weights transposed, as Conv1D does."""
+        return int(isinstance(self.module, Conv1D) or (self.is_experts and getattr(self.module, "is_transposed", False)))
+
 
 def quantize_model(model: nn.Module, config: Quant, initialise: bool = True) -> Coverage:
     """Quantize a float model in place.
 
-    Linear and Conv1D weights follow `config.linears`, nn.Embedding ones `config.embeddings`, or `config.positions` where the
-    module is called as in `POSITION_TABLES`. A weight tied between an embedding and a head follows the embedding; the
-    head's input is quantized like any linear's. Where a weight stays float, so does the input. With `initialise` gammas
-    minimise the squared error of the present weights, otherwise they are 1, to be overwritten.
+    Linear, Conv1D and experts' weights follow `config.linears`, nn.Embedding ones `config.embeddings`, or `config.positions` where
+    the module is called as in `POSITION_TABLES`; `config.overrides` come after. A weight tied between an embedding and a head
+    follows the embedding; the head's input is quantized like any linear's. Where a weight stays float, so does the input, and
+    routers do unless an override names them. With `initialise` the learned scales minimise the squared error of the present weights,
+    otherwise they are 1, to be overwritten. Learned activation steps start with `activation.calibrate`.
 
-    Raises ConfigError when a `keep_float` glob matches nothing, a weight is not finite, or a weight is shared with a module
-    that would read it unquantized.
+    Raises ConfigError when a glob matches nothing, a group size does not divide, a weight is not finite, or a weight is shared
+    with a module that would read it unquantized.
     """
     matrices = _matrices(model)
     names = [holder.name for holders in matrices for holder in holders]
-    for glob in config.keep_float:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise ConfigError(f"quant.keep_float has `{glob}`, which matches no matrix of the model; they are called like {names[0]}. Mend or remove it.")
-    return Coverage([_quantize_parameter(holders, config, initialise) for holders in matrices])
+    for override in config.overrides:
+        if not any(fnmatchcase(name, override.match) for name in names):
+            raise ConfigError(
+                f"quant.overrides has `{override.match}`, which matches no matrix of the model; they are called like {names[0]}. Mend or remove it."
+            )
+    coverage = Coverage([_quantize_parameter(holders, config) for holders in matrices])
+    if config.vectors == "bf16":
+        _round_vectors(model)
+    if config.activations is not None:
+        quantize_activations(model, {row.name: row.input_quantizer for row in coverage.rows if row.input_quantizer}, config.activations)
+    if initialise:
+        initialise_scales(model)
+    return coverage
 
 
 def _matrices(model: nn.Module) -> list[list[_Holder]]:
     """All holders of each parameter of two dimensions or more, in the order of `named_parameters`."""
     holders: dict[nn.Parameter, list[_Holder]] = {}
     for module_name, module in model.named_modules():
+        assert not isinstance(module, _Quantized), "a model is quantized once"
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim >= 2:
                 holders.setdefault(parameter, []).append(_Holder(module_name, module, key))
     return list(holders.values())
 
 
-def _quantize_parameter(holders: list[_Holder], config: Quant, initialise: bool) -> CoverageRow:
+def _quantize_parameter(holders: list[_Holder], config: Quant) -> CoverageRow:
     first = holders[0]
     weight = first.module._parameters[first.key]
     assert weight is not None
-    settings, reason = _settings(holders, config)
+    kind, settings, inputs, reason = _settings(holders, config)
+    row = CoverageRow(first.name, tuple(weight.shape), kind, reason=reason)
     if settings is None:
-        return CoverageRow(first.name, tuple(weight.shape), reason=reason)
-    unknown = next((holder for holder in holders if holder.kind is None), None)
+        return row
+    unknown = next((holder for holder in holders if holder.kind is None and len(holders) > 1), None)
     if unknown is not None:
         raise ConfigError(
-            f"{first.name} is also {unknown.name}, where {type(unknown.module).__name__} would read it unquantized; list {first.name} in quant.keep_float."
+            f"{first.name} is also {unknown.name}, where {type(unknown.module).__name__} would read it unquantized; "
+            f"keep it float with an entry of quant.overrides: match: {first.name}, keep_float: true."
         )
-    quantizer = WeightQuantizer(settings.bits, settings.granularity, 1 if isinstance(first.module, Conv1D) else 0, config.scale_dtype == "portable")
-    if initialise:
-        gamma = initial_gamma(weight, quantizer.bits, quantizer.granularity, quantizer.row_axis, quantizer.portable, first.name)
-    else:
-        gamma = torch.ones(weight.shape[quantizer.row_axis] if quantizer.granularity == "per_row" else 1, device=weight.device)
-    shared = nn.Parameter(gamma)
-    activation_bits = None
+    quantizer = WeightQuantizer(settings.grid, settings.bits, settings.granularity, settings.group_size, first.row_axis, config.scale_dtype == "portable")
+    num_scales = quantizer.num_scales(row.shape, first.name)
+    learned = {name: nn.Parameter(torch.ones(num_scales, device=weight.device)) for name in quantizer.learned}
     for holder in holders:
-        module = holder.module
-        assert not isinstance(module, _Quantized), "a model is quantized once"
-        if config.activations is not None and holder.kind == "linears":
-            activation_bits = config.activations.bits
-            quantize_input(module, activation_bits)
-            bases: tuple[Any, ...] = (QuantizedWeight, *type(module).__bases__)
-        else:
-            bases = (QuantizedWeight, type(module))
-        module.__class__ = _quantized(*bases)
-        module.register_parameter("weight_gamma", shared)
-        module.weight_quantizer, module.weight_name = quantizer, first.name  # type: ignore[assignment]
-    return CoverageRow(
-        first.name,
-        tuple(weight.shape),
-        settings.bits,
-        settings.granularity,
-        config.grid,
-        activation_bits,
-        None,
-        quantizer.row_axis,
-        f"{first.name}_gamma",
-    )
+        _mix_in(holder.module, QuantizedParameters)
+        holder.module.__dict__.setdefault("weight_quantizers", {})[holder.key] = quantizer
+        holder.module.__dict__.setdefault("weight_names", {})[holder.key] = first.name
+        for name, parameter in learned.items():
+            holder.module.register_parameter(f"{holder.key}_{name}", parameter)
+    readers = [holder for holder in holders if holder.kind == "linears"]
+    if inputs is None or not readers:
+        return replace(row, quantizer=quantizer)
+    asymmetric = inputs.asymmetric == "everywhere" or (inputs.asymmetric == "one_sided" and is_one_sided(readers[0].module_name))
+    return replace(row, quantizer=quantizer, input_quantizer=ActivationQuantizer("input", inputs.bits, inputs.scale, asymmetric))
 
 
-def _settings(holders: list[_Holder], config: Quant) -> tuple[WeightQuant | None, str | None]:
-    """(how a parameter is quantized, None) or (None, why it is not)."""
-    glob = next((glob for glob in config.keep_float if any(fnmatchcase(holder.name, glob) for holder in holders)), None)
-    if glob is not None:
-        return None, f"quant.keep_float has {glob}"
+def _settings(holders: list[_Holder], config: Quant) -> tuple[str | None, WeightQuant | None, ActivationQuant | None, str | None]:
+    """(kind, how a parameter is quantized, how its input is, None) or (kind, None, None, why it is not)."""
     kinds = {holder.kind for holder in holders}
-    for kind, settings in (("embeddings", config.embeddings), ("positions", config.positions), ("linears", config.linears)):
-        if kind in kinds:
-            return settings, None if settings else f"quant.{kind} is null"
-    return None, f"{type(holders[0].module).__name__}.{holders[0].key} is no weight of a Linear, Conv1D or Embedding"
+    kind = next((kind for kind in ("embeddings", "positions", "linears") if kind in kinds), None)
+    settings = getattr(config, kind) if kind else None
+    inputs, reason = config.activations, None if settings else f"quant.{kind} is null"
+    if kind is None:
+        owner = type(holders[0].module)
+        name = owner.__bases__[-1].__name__ if issubclass(owner, _Quantized) else owner.__name__
+        reason = f"{name}.{holders[0].key} is no weight of a Linear, Conv1D, Embedding or of experts"
+    if any(holder.is_router for holder in holders):
+        reason = "routers stay float unless quant.overrides names them: a changed choice of experts costs more than it saves"
+    for override in config.overrides:
+        if any(fnmatchcase(holder.name, override.match) for holder in holders):
+            if override.keep_float:
+                settings, reason = None, f"quant.overrides has {override.match}"
+            elif override.weights is not None:
+                settings, reason = override.weights, None
+            inputs = override.activations or inputs
+    return kind, settings, inputs, reason
 
 
-def quantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, WeightQuantizer]]:
-    """(name in `model`, weight, gamma, quantizer) of each quantized parameter, a tied one once, in the order of `named_parameters`."""
+def _round_vectors(model: nn.Module) -> None:
+    """Round norms and biases to bf16 in every forward of the modules that hold them."""
+    for module in model.modules():
+        vectors = tuple(key for key, p in module._parameters.items() if p is not None and p.ndim < 2 and not is_learned_scale(key))
+        if vectors:
+            _mix_in(module, QuantizedParameters)
+            module.__dict__.setdefault("weight_quantizers", {})
+            module.__dict__.setdefault("weight_names", {})
+            module.rounded = vectors  # type: ignore[assignment]
+
+
+def quantize_activations(model: nn.Module, inputs: dict[str, ActivationQuantizer], settings: ActivationQuant) -> None:
+    """Quantize the inputs of every module whose weight is one of the named parameters, by any of its names, and attention: what an artifact needs too."""
+    by_weight = {parameter: inputs[name] for name, parameter in model.named_parameters() if name in inputs}
+    for module in list(model.modules()):
+        quantizer = next((by_weight[p] for p in module._parameters.values() if p is not None and p in by_weight), None)
+        if quantizer is None or isinstance(module, nn.Embedding):
+            continue
+        _mix_in(module, QuantizedInput if not hasattr(module, "_apply_gate") else QuantizedExpertsInput)
+        quantizer.register(module)
+        module.input_quantizer = quantizer  # type: ignore[assignment]
+        if isinstance(module, QuantizedExpertsInput):
+            # Tokens are sorted by expert there, so that which are padded is not known: each has a scale of its own.
+            scale = "per_token" if quantizer.scale == "per_tensor" else quantizer.scale
+            gated = replace(quantizer, place="gated", scale=scale, asymmetric=settings.asymmetric != "nowhere" and quantizer.scale != "learned")
+            gated.register(module)
+            module.gated_quantizer = gated
+            model.set_experts_implementation("grouped_mm")  # type: ignore[operator] # the eager one of some families does not call _apply_gate
+    if settings.attention:
+        quantize_attention(model, settings.bits, settings.scale)
+    watch_padding(model)
+
+
+@dataclass(frozen=True)
+class QuantizedParameter:
+    """A weight, how it is quantized, and what is learned for it."""
+
+    name: str
+    weight: nn.Parameter
+    quantizer: WeightQuantizer
+    learned: tuple[nn.Parameter, ...]
+
+    def scales(self) -> Scales:
+        """Those of the forward in training."""
+        return self.quantizer.scales(self.weight.detach(), *(p.detach() for p in self.learned))
+
+
+def quantized_parameters(model: nn.Module) -> Iterator[QuantizedParameter]:
+    """Each quantized parameter by its first name in `model`, a tied one once, in the order of `named_parameters`."""
     seen = set()
     for module_name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight) and module.weight_gamma not in seen:
-            seen.add(module.weight_gamma)
-            weight = module._parameters["weight"]
-            assert weight is not None
-            yield f"{module_name}.weight" if module_name else "weight", weight, module.weight_gamma, module.weight_quantizer
+        for key, quantizer in module.__dict__.get("weight_quantizers", {}).items():
+            weight = module._parameters[key]
+            if weight not in seen:
+                seen.add(weight)
+                name = f"{module_name}.{key}" if module_name else key
+                yield QuantizedParameter(name, weight, quantizer, tuple(module._parameters[f"{key}_{learned}"] for learned in quantizer.learned))
+
+
+@torch.no_grad()
+def initialise_scales(model: nn.Module, gather: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()) -> None:
+    """Set every learned weight scale to where the squared error is least, one weight at a time.
+
+    `gather(parameters)` is a context in which these parameters are whole and what is written to them lasts; under ZeRO-3 that
+    of the engine, so that one weight is whole at a time. Raises ConfigError for a weight that is not finite.
+    """
+    for parameter in quantized_parameters(model):
+        with gather((parameter.weight, *parameter.learned)):
+            for target, found in zip(parameter.learned, initial_learned(parameter.weight.detach(), parameter.quantizer, parameter.name), strict=True):
+                target.data.copy_(found)
+
+
+@torch.no_grad()
+def served_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What forward computes with for each parameter by its first name: the quantized weight, the rounded vector, or the parameter; no scales of weights."""
+    quantized = {parameter.name: parameter for parameter in quantized_parameters(model)}
+    scales = {f"{name}_{learned}" for name, parameter in quantized.items() for learned in parameter.quantizer.learned}
+    rounded = rounded_vectors(model)
+    for name, parameter in model.named_parameters():
+        if name in quantized:
+            yield name, quantized[name].quantizer.value(parameter, quantized[name].scales())
+        elif name not in scales:
+            yield name, _RoundToBf16.apply(parameter) if name in rounded else parameter.detach()
+
+
+def rounded_vectors(model: nn.Module) -> set[str]:
+    """Names of the parameters that forward rounds to bf16."""
+    return {f"{name}.{key}" if name else key for name, module in model.named_modules() if isinstance(module, QuantizedParameters) for key in module.rounded}
 
 
 def check_all_ran(model: nn.Module) -> None:
-    """Raise ConfigError naming the quantized parameters that no forward has quantized yet."""
+    """Raise ConfigError naming the quantized parameters that no forward has quantized yet, or the attention modules."""
     ran: dict[str, bool] = {}
     for module in model.modules():
-        if isinstance(module, QuantizedWeight):
-            ran[module.weight_name] = ran.get(module.weight_name, False) or module.quantizer_ran
+        if isinstance(module, QuantizedParameters):
+            for name in module.weight_names.values():
+                ran[name] = ran.get(name, False) or module.quantizer_ran
     idle = [name for name, has_run in ran.items() if not has_run]
     if idle:
         raise ConfigError(
             f"{len(idle)} of {len(ran)} quantizers never ran: {', '.join(idle[:5])}{', ...' if len(idle) > 5 else ''}. "
-            "Their modules are read without being called; list them in quant.keep_float."
+            "Their modules are read without being called; keep them float with entries of quant.overrides (match: NAME, keep_float: true)."
         )
+    check_attention_ran(model)

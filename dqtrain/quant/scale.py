@@ -1,84 +1,55 @@
-"""Where scales come from: a search on the real tensor before training, and the rules of quantizing without training.
-
-The search minimises the squared error of the quantized weights; the rules are the baselines a trained model must beat.
-"""
-
-from typing import Literal
+"""Where learned scales start: at the least squared error of the weight itself, searched before training."""
 
 import torch
 from torch import Tensor
 
 from dqtrain.errors import ConfigError
-from dqtrain.quant.grid import Granularity, fake_quantize, largest_code, mean_abs, scale_from_clip
+from dqtrain.quant.grid import GRIDS, SMALLEST_SCALE, TINY, WeightQuantizer, compute, level_of
 
-NUM_CANDIDATES = 64, 16
-"""Clips tried over the whole range, then between the neighbours of the best one."""
-
-CHUNK_ELEMENTS = 2**17
-"""Elements whose error is measured at a time: few enough to stay in a core's cache."""
+NUM_CANDIDATES = 24, 8
+"""Scales tried over the whole range, then between the neighbours of the best one. The error is flat around its least value."""
 
 
-def initial_gamma(weight: Tensor, bits: int, granularity: Granularity, row_axis: int, portable: bool, name: str = "weight") -> Tensor:
-    """Gamma of the dynamic grid that minimises the squared error of `weight` [rows, columns]: fp32, [1] or [rows].
+@torch.no_grad()
+def initial_learned(weight: Tensor, quantizer: WeightQuantizer, name: str = "weight") -> tuple[Tensor, ...]:
+    """What the quantizer learns, at the least squared error of `weight`: fp32, one vector [scales] for each of its `learned` names.
 
-    Candidates are spread geometrically from 0.5 to max|w| / mean|w| and then around the best. A row of zeros gets 1.
-    Raises ConfigError, with `name`, when the weight is not finite.
+    Scales are spread geometrically between a small share of mean|w| and what clips nothing, and then around the best one; the
+    weight is read piece by piece. Weights of zeros get the smallest scale, or a gamma of 1. Raises ConfigError, with `name`, when the weight is not finite.
     """
-    weight = weight.detach().float()
-    if not bool(torch.isfinite(weight).all()):
+    quantizer.num_scales(tuple(weight.shape), name)
+    grid, blocks, levels = GRIDS[quantizer.grid], quantizer.blocks, quantizer.levels
+    view = blocks.view(compute(weight))
+    if not all(bool(piece.isfinite().all()) for (piece,) in blocks.pieces(view)):
         raise ConfigError(f"{name} holds NaN or infinite values, so it has no scale. Start from a model whose weights are finite.")
-    mean = mean_abs(weight, granularity, row_axis)
-    largest = _max_abs(weight, granularity, row_axis)
-    low = torch.full_like(mean, 0.5)
-    high = torch.where(mean > 0, largest / mean.clamp_min(torch.finfo(torch.float32).tiny), 1.0).clamp_min(1.0)
-    rows = weight if row_axis == 0 else weight.T
+    if not grid.learned:
+        return ()
+    unit = grid.unit(view, blocks, levels)
+    zero_point = grid.zero_point(view, blocks, levels)
+    spread_zero = None if zero_point is None else blocks.spread(zero_point.round().clamp(levels.low, levels.high), view)
+    mean = blocks.mean_abs(view)
+    high = (grid.scale(view, blocks, levels) if zero_point is not None else blocks.max_abs(view) / (levels.high + levels.offset)).clamp_min(TINY)
+    low = torch.minimum(mean / (levels.count - 1), high).clamp_min(TINY)
+    scale, least = high, torch.full(mean.shape, torch.inf, dtype=torch.float64, device=mean.device)
     for num_candidates in NUM_CANDIDATES:
-        steps = torch.linspace(0, 1, num_candidates, device=weight.device)
-        gammas = low[:, None] * (high / low)[:, None] ** steps  # [1 or rows, candidates]
-        gammas[:, -1] = high  # exact, so that a row of equal magnitudes is met exactly
-        scales = scale_from_clip(gammas * mean[:, None], bits, portable)
-        errors = _squared_errors(rows, scales, bits)
-        best = (errors.sum(0, keepdim=True) if granularity == "per_tensor" else errors).argmin(1, keepdim=True)
-        gamma = gammas.gather(1, best).squeeze(1)
-        low = gammas.gather(1, (best - 1).clamp_min(0)).squeeze(1)
-        high = gammas.gather(1, (best + 1).clamp_max(num_candidates - 1)).squeeze(1)
-    return torch.where(mean > 0, gamma, torch.ones_like(gamma))
+        ratio = high / low
+        candidates = [low * ratio ** (i / (num_candidates - 1)) for i in range(num_candidates - 1)] + [high]  # exact, so that equal magnitudes are met exactly
+        errors = torch.stack([_squared_error(quantizer, view, quantizer.settle(candidate), spread_zero) for candidate in candidates])
+        best = errors.argmin(0, keepdim=True)
+        stacked, found = torch.stack(candidates), errors.gather(0, best)[0]
+        scale, least = torch.where(found < least, stacked.gather(0, best)[0], scale), torch.minimum(found, least)
+        low = stacked.gather(0, (best - 1).clamp_min(0))[0]
+        high = stacked.gather(0, (best + 1).clamp_max(num_candidates - 1))[0]
+    # Where the weight is 0 so is the dynamic grid's unit, whatever gamma is.
+    learned = torch.where(mean > 0, scale / unit, 1.0) if isinstance(unit, Tensor) else torch.where(mean > 0, scale, SMALLEST_SCALE) / unit
+    return tuple(t.float() for t in ([learned] if zero_point is None else [learned, zero_point]))
 
 
-def _squared_errors(rows: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Squared error of each row [rows, columns] under each candidate scale [1 or rows, candidates] -> float64 [rows, candidates]."""
-    scales = scales.expand(rows.shape[0], -1)
-    errors = torch.empty(scales.shape, dtype=torch.float64, device=rows.device)
-    num_rows = max(1, CHUNK_ELEMENTS // rows.shape[1])
-    qmax = largest_code(bits)
-    buffer = torch.empty(min(num_rows, rows.shape[0]), rows.shape[1], device=rows.device)
-    for start in range(0, rows.shape[0], num_rows):
-        chunk = rows[start : start + num_rows].contiguous()
-        difference = buffer[: chunk.shape[0]]
-        for candidate in range(scales.shape[1]):
-            scale = scales[start : start + num_rows, candidate, None]
-            torch.div(chunk, scale, out=difference).round_().clamp_(-qmax, qmax).mul_(scale).sub_(chunk)
-            errors[start : start + num_rows, candidate] = difference.square_().sum(1)
-    return errors
+def _squared_error(quantizer: WeightQuantizer, view: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Sum of squared errors over what shares a scale, float64, flat [scales]."""
+    blocks, levels = quantizer.blocks, quantizer.levels
 
+    def error(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        return level_of(weight, scale, zero_point, levels).mul_(scale).sub_(weight).square_()
 
-def _max_abs(weight: Tensor, granularity: Granularity, row_axis: int) -> Tensor:
-    return weight.abs().amax().reshape(1) if granularity == "per_tensor" else weight.abs().amax(1 - row_axis)
-
-
-def round_to_nearest(weight: Tensor, bits: int, granularity: Granularity, row_axis: int, kind: Literal["minmax", "mean_abs", "mse"]) -> Tensor:
-    """Quantize `weight` [rows, columns] without training, with portable scales -> real values, fp32.
-
-    `minmax` clips at max|w|; `mean_abs` at 4/3 * mean|w|, for 2 bits alone (Liu et al., ACL 2023, "Binary and Ternary Natural
-    Language Generation"); `mse` where the squared error is least. Raises ConfigError for mean_abs at other bit widths.
-    """
-    weight = weight.detach().float()
-    if kind == "mean_abs" and bits != 2:
-        raise ConfigError(f"mean_abs is a rule for 2 bits, but bits is {bits}. Use minmax or mse.")
-    if kind == "minmax":
-        clip = _max_abs(weight, granularity, row_axis)
-    elif kind == "mean_abs":
-        clip = mean_abs(weight, granularity, row_axis) * (4 / 3)
-    else:
-        clip = initial_gamma(weight, bits, granularity, row_axis, portable=True) * mean_abs(weight, granularity, row_axis)
-    return fake_quantize(weight, scale_from_clip(clip, bits, portable=True), bits, row_axis)
+    return blocks.reduce(error, view, blocks.spread(scale, view), *([] if zero_point is None else [zero_point]))

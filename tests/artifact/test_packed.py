@@ -10,41 +10,46 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OP
 import dqtrain
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.load import load_artifact
-from dqtrain.config import Quant
+from dqtrain.config import BITS_OF_GRID, Quant
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models import load_model
-from dqtrain.quant.modules import quantize_model, quantized_parameters
+from dqtrain.quant.modules import is_learned_scale, quantize_model, quantized_parameters
 from dqtrain.quant.pack import packed_bytes
 
 
-def settings(linears=2, embeddings=2, positions=8, activations=8, scale_dtype="portable"):
-    def weights(bits, granularity):
-        return None if bits is None else {"bits": bits, "granularity": granularity}
+def settings(linears=2, embeddings=2, positions=8, activations=8, grid="dynamic", granularity="per_tensor", group_size=None, attention=False, **more):
+    def weights(bits, granularity, grid="dynamic", group_size=None):
+        return None if bits is None else {"bits": bits, "granularity": granularity, "grid": grid, "group_size": group_size}
 
     return Quant.model_validate(
         {
-            "linears": weights(linears, "per_tensor"),
-            "embeddings": weights(embeddings, "per_row"),
+            "linears": weights(linears, granularity, grid, group_size),
+            "embeddings": weights(embeddings, "per_row", grid),
             "positions": weights(positions, "per_row"),
-            "activations": activations and {"bits": activations},
-            "scale_dtype": scale_dtype,
+            "activations": activations and {"bits": activations, "attention": attention},
+            **more,
         }
     )
+
+
+def about(quant, coverage):
+    return {"activations": quant.activations.model_dump() if quant.activations else None, "coverage": json.loads(coverage.to_json())}
 
 
 def write(world, folder, quant):
     """A quantized copy of the tiny teacher with scales that training has moved, written as an artifact."""
     model = load_model(world / "teacher")
-    quantize_model(model, quant)
+    coverage = quantize_model(model, quant)
     torch.manual_seed(1)
-    for _, weight, gamma, _ in quantized_parameters(model):
-        gamma.data *= torch.rand_like(gamma) + 0.5
-        weight.data[0] = 0  # a row of zeros
+    for parameter in quantized_parameters(model):
+        for learned in parameter.learned:
+            learned.data *= torch.rand_like(learned) + 0.5
+        parameter.weight.data[0] = 0  # a row of zeros
     folder.mkdir()
     model.config.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(world / "teacher" / file, folder)
-    format.write(model, folder, {"activation_bits": quant.activations.bits if quant.activations else None})
+    format.write(model, folder, about(quant, coverage))
     return model
 
 
@@ -56,14 +61,18 @@ def write(world, folder, quant):
         settings(8, None, 8),
         settings(2, 2, 8, activations=None),
         settings(2, 4, 8, scale_dtype="fp32"),
+        settings(vectors="bf16", attention=True),
+        *(settings(bits, bits, grid=grid, vectors="bf16") for grid, widths in BITS_OF_GRID.items() for bits in widths if grid != "dynamic"),
+        settings(3, 3, grid="affine", granularity="per_group", group_size=8),
+        settings(2, 2, grid="seq", granularity="per_row"),
     ],
-    ids=["2-2-8", "4-8-8, float positions", "8-float-8", "2-2-float", "2-4-8, fp32 scales"],
+    ids=lambda quant: f"{quant.linears.grid}-{quant.linears.bits}-{quant.embeddings and quant.embeddings.bits}",
 )
 def test_artifact_is_bit_identical(world, tmp_path, quant):
     model = write(world, tmp_path / "packed", quant)
     figures = parity.verify(model, tmp_path / "packed")
     assert figures["relative_logit_difference"] == 0.0
-    assert figures["tensors_bit_identical"] == len([name for name, _ in model.named_parameters() if not name.endswith("gamma")])
+    assert figures["tensors_bit_identical"] == len([name for name, _ in model.named_parameters() if not is_learned_scale(name)])
     loaded = dqtrain.load_artifact(tmp_path / "packed")
     assert loaded.lm_head.weight is loaded.transformer.wte.weight  # stored and loaded once
     ids = torch.tensor([[1, 2, 3]])
@@ -90,20 +99,20 @@ def test_other_families(tmp_path, family):
     assert coverage.fraction == 1.0
     (tmp_path / "packed").mkdir()
     model.config.save_pretrained(tmp_path / "packed")
-    format.write(model, tmp_path / "packed", {"activation_bits": 8})
+    format.write(model, tmp_path / "packed", about(settings(), coverage))
     figures = parity.verify(model.eval(), tmp_path / "packed")
     assert figures["relative_logit_difference"] == 0.0
 
 
 def test_file_is_as_small_as_its_codes(world, tmp_path):
     model = write(world, tmp_path / "packed", settings())
-    about = json.loads((tmp_path / "packed/artifact.json").read_text())
-    codes = sum(packed_bytes(weight.numel(), quantizer.bits) for _, weight, _, quantizer in quantized_parameters(model))
-    scales = sum(2 * gamma.numel() for _, _, gamma, _ in quantized_parameters(model))
-    quantized = {name for name, *_ in quantized_parameters(model)}
-    floats = sum(4 * p.numel() for name, p in model.named_parameters() if name not in quantized and not name.endswith("gamma"))
+    written = json.loads((tmp_path / "packed/artifact.json").read_text())
+    quantized = {parameter.name: parameter for parameter in quantized_parameters(model)}
+    codes = sum(packed_bytes(parameter.weight.numel(), parameter.quantizer.levels) for parameter in quantized.values())
+    scales = sum(2 * parameter.learned[0].numel() for parameter in quantized.values())
+    floats = sum(4 * p.numel() for name, p in model.named_parameters() if name not in quantized and not is_learned_scale(name))
     header = int.from_bytes((tmp_path / "packed/model.safetensors").read_bytes()[:8], "little") + 8
-    assert about["sizes"]["packed_bytes"] == (tmp_path / "packed/model.safetensors").stat().st_size == codes + scales + floats + header
+    assert written["sizes"]["packed_bytes"] == (tmp_path / "packed/model.safetensors").stat().st_size == codes + scales + floats + header
 
 
 def test_transformers_alone_does_not_load_it_as_weights(world, tmp_path):
@@ -134,19 +143,19 @@ def test_truncated_file_is_refused(packed):
 
 
 def edit(packed, change):
-    about = json.loads((packed / "artifact.json").read_text())
-    change(about)
-    (packed / "artifact.json").write_text(json.dumps(about))
+    written = json.loads((packed / "artifact.json").read_text())
+    change(written)
+    (packed / "artifact.json").write_text(json.dumps(written))
 
 
 def test_other_version_is_refused(packed):
     edit(packed, lambda about: about.update(format=99))
-    with pytest.raises(CheckpointError, match="has format 99, this dqtrain reads 1"):
+    with pytest.raises(CheckpointError, match="has format 99, this dqtrain reads 2"):
         load_artifact(packed)
 
 
 def test_missing_tensor_is_refused(packed):
-    edit(packed, lambda about: about["packed"].update({"transformer.extra.weight": {"shape": [2, 2], "bits": 2, "granularity": "per_row", "row_axis": 0}}))
+    edit(packed, lambda about: about["packed"].update({"transformer.extra.weight": about["packed"]["transformer.wte.weight"]}))
     with pytest.raises(CheckpointError, match=r"transformer\.extra\.weight"):
         load_artifact(packed)
 

@@ -1,0 +1,173 @@
+"""How many bytes a model takes: as the papers count, and exactly those of our artifact's files, from names and shapes alone.
+
+The papers (QuantGPT, QuantBART, DQ-BART, TBT) bill Transformer matrices and word embeddings at their bits, a ternary weight at 2, and
+positions, norms and biases at 32; the tied head once, scales of matrices not at all. BART's published sizes hold one fp32 scale
+per word besides. `artifact_bytes` predicts what `format.write` will write, to the byte.
+
+A safetensors file (https://github.com/huggingface/safetensors#format) is 8 bytes, the length of the header; the header, JSON without
+spaces that is filled up with spaces to a multiple of 8; and the tensors, the most aligned dtypes first, then by name.
+"""
+
+import json
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dqtrain.artifact.format import METADATA, describe
+from dqtrain.quant.grid import GRIDS, MinMaxAffine
+from dqtrain.quant.modules import Coverage, is_learned_scale, quantized_parameters, rounded_vectors
+from dqtrain.quant.pack import packed_bytes
+
+MIB = 2**20
+
+DTYPES = {  # in the order in which safetensors writes them: its enum, backwards
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER = list(DTYPES)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FloatPart:
+    """What a quantized model keeps as floats."""
+
+    tensors: list[StoredTensor]  # parameters, learned activation steps and buffers, as the artifact stores them
+    other_elements: int  # elements of the float model that Coverage does not list: norms and biases
+
+
+def float_part(model: nn.Module, nonzero_buffers: Collection[str] = ()) -> FloatPart:
+    """What stays float in a quantized model, on any device. Of buffers without values (on meta) those named are taken to be not all 0."""
+    quantized = {parameter.name: parameter.quantizer for parameter in quantized_parameters(model)}
+    in_codes = {*quantized, *(f"{name}_{learned}" for name, quantizer in quantized.items() for learned in quantizer.learned)}
+    rounded, state = rounded_vectors(model), model.state_dict()
+    tensors = [
+        StoredTensor(name, torch.bfloat16 if name in rounded else parameter.dtype, tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if name not in in_codes
+    ]
+    for name, buffer in model.named_buffers():
+        if name in state and (name in nonzero_buffers if buffer.is_meta else bool(buffer.any())):
+            tensors.append(StoredTensor(name, buffer.dtype, tuple(buffer.shape)))
+    vectors = [p.numel() for name, p in model.named_parameters() if p.ndim < 2 and not is_learned_scale(name)]
+    return FloatPart(tensors, sum(vectors))
+
+
+def num_elements(coverage: Coverage, other_elements: int) -> int:
+    """Parameters of the float model, tied ones once."""
+    return sum(row.numel for row in coverage.rows) + other_elements
+
+
+@dataclass(frozen=True)
+class PaperBytes:
+    """A model's bytes as the papers count them."""
+
+    linears: int
+    embeddings: int
+    floats: int  # positions, norms, biases, and whatever else is no matrix of a linear layer
+    row_scales: int  # 4 for each word; QuantBART's published sizes include them, QuantGPT's are told alike with and without
+
+    @property
+    def total(self) -> int:
+        """Without the scales of words."""
+        return self.linears + self.embeddings + self.floats
+
+    @property
+    def total_with_row_scales(self) -> int:
+        """With one fp32 scale per word."""
+        return self.total + self.row_scales
+
+
+def paper_bytes(coverage: Coverage, other_elements: int) -> PaperBytes:
+    """Linear and embedding matrices at their quantizers' bits (ternary: 2; float: 32), all else at 32, `other_elements` included."""
+    bits = {"linears": 0, "embeddings": 0, "floats": 32 * other_elements}
+    words = 0
+    for row in coverage.rows:
+        kind = row.kind if row.kind in ("linears", "embeddings") else "floats"
+        width = 32 if row.quantizer is None or kind == "floats" else 2 if row.quantizer.bits == "ternary" else row.quantizer.bits
+        bits[kind] += row.numel * width
+        words += row.shape[0] if kind == "embeddings" else 0
+    return PaperBytes(**{kind: math.ceil(total / 8) for kind, total in bits.items()}, row_scales=4 * words)
+
+
+def stored_tensors(coverage: Coverage, floats: FloatPart) -> list[StoredTensor]:
+    """The tensors of the artifact's model.safetensors, in the order of the file."""
+    tensors = list(floats.tensors)
+    for row in coverage.rows:
+        quantizer = row.quantizer
+        if quantizer is None:
+            continue
+        tensors.append(StoredTensor(f"{row.name}.codes", torch.uint8, (packed_bytes(row.numel, quantizer.levels),)))
+        tensors.append(StoredTensor(f"{row.name}.scale", torch.float16 if quantizer.portable else torch.float32, (row.num_scales,)))
+        if isinstance(GRIDS[quantizer.grid], MinMaxAffine):  # the grids that have zero points
+            tensors.append(StoredTensor(f"{row.name}.zero_point", torch.int8, (row.num_scales,)))
+    return sorted(tensors, key=lambda tensor: (_ORDER.index(tensor.dtype), tensor.name))
+
+
+def safetensors_bytes(tensors: Iterable[StoredTensor], metadata: dict[str, str] | None = None) -> int:
+    """Size of a safetensors file with these tensors, which are sorted here; `metadata` of at most one key, since their order is not fixed."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata is not None else {}
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: (_ORDER.index(tensor.dtype), tensor.name)):
+        start, end = end, end + tensor.num_bytes
+        header[tensor.name] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + math.ceil(len(text) / 8) * 8 + end
+
+
+@dataclass(frozen=True)
+class ArtifactBytes:
+    """Sizes of the artifact's two files that hold the model."""
+
+    weights: int  # model.safetensors
+    description: int  # artifact.json
+
+    @property
+    def total(self) -> int:
+        """Both files."""
+        return self.weights + self.description
+
+
+def artifact_bytes(coverage: Coverage, floats: FloatPart, about: dict[str, Any]) -> ArtifactBytes:
+    """Exactly what `format.write` will write for a model of this coverage; `about` is what it will be given, values of equal length at least.
+
+    config.json, parity.json and the tokenizer, which lie beside the two files, are not in it.
+    """
+    weights = safetensors_bytes(stored_tensors(coverage, floats), METADATA)
+    packed = {row.name: {"shape": list(row.shape), **asdict(row.quantizer)} for row in coverage.rows if row.quantizer}
+    fp32_bytes = 4 * num_elements(coverage, floats.other_elements)
+    return ArtifactBytes(weights, len(describe(weights, "0" * 32, fp32_bytes, packed, about).encode()))
+
+
+def export_about(coverage: Coverage, activations: dict[str, Any] | None) -> dict[str, Any]:
+    """The `about` of `export.export`, but for the step in the name of the checkpoint."""
+    return {"activations": activations, "checkpoint": "step-000000000", "coverage": json.loads(coverage.to_json())}
