@@ -136,6 +136,9 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tupl
         for row in coverage.rows:
             # The scales of another grid would mean something else here, so those start anew.
             for name in row.learned_names if before[row.name] == row else []:
+                parameters[name].data.copy_(learned.pop(name))
+        if all(before[row.name].input_quantizer == row.input_quantizer for row in coverage.rows):
+            for name in learned.keys() & parameters.keys():  # what is learned of activations
                 parameters[name].data.copy_(learned[name])
     return model, coverage
 

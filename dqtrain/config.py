@@ -75,7 +75,7 @@ class Train(Block):
     lr: float = Field(gt=0)
     """Peak learning rate of the weights."""
     scale_lr: float | None = Field(None, gt=0)
-    """Peak learning rate of what quantizers learn; null: 1e-3 for gammas and zero points, `lr` for clips and steps, which have the weights' unit."""
+    """Peak learning rate of what quantizers learn; null: 1e-3 for gammas and zero points, `lr` for clips and steps, in the unit of what they quantize."""
     weight_decay: float = Field(0.0, ge=0)
     """Decay of matrices; norms, biases and scales have none."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -201,7 +201,7 @@ class Quant(Block):
     """Norms and biases: as they are, or rounded to bf16 in every forward (straight-through), so that the artifact holds them in 2 bytes."""
     activations: ActivationQuant | None
     """Inputs of quantized linear layers; null: float."""
-    overrides: tuple[Override, ...] = ()
+    overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
     """Other settings for the parameters that a glob matches; of several, the last one counts. Mixed precision, and what stays float."""
     scale_dtype: Literal["portable", "fp32"] = "portable"
     """`portable` snaps every scale to a value that fp32, fp16 and bf16 all hold exactly."""
@@ -255,6 +255,8 @@ class Export(Block):
 class Log(Block):
     every_steps: int = Field(10, ge=1)
     """Steps between log lines."""
+    weights_every_steps: int | None = Field(None, ge=1)
+    """Steps between looks at every quantized weight (TensorBoard: scales, codes, clipping, error, codes that changed since the last look); null: at each checkpoint."""
 
 
 class RunConfig(Block):
@@ -309,7 +311,7 @@ def check_ranks(train: Train, world_size: int) -> None:
 
 
 PASSIVE = frozenset(
-    "run.dir data.shards log.every_steps checkpoint.every_steps checkpoint.keep_last eval.every_steps eval.max_samples export.checkpoint "
+    "run.dir data.shards log.every_steps log.weights_every_steps checkpoint.every_steps checkpoint.keep_last eval.every_steps eval.max_samples export.checkpoint "
     "zero.student zero.teacher zero.persistence_threshold".split()
 )
 """Fields that may change when a run continues: the training goes on with the same samples and, up to the order of sums, the same numbers."""

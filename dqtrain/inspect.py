@@ -476,7 +476,7 @@ def _sections(source: Source, columns: list[Column], width: int) -> Iterator[str
     found = sizes(source, columns)
     yield f"\nCOVERAGE\n{draw_coverage(columns[0].coverage, width)}"
     if len(columns) > 1:
-        yield "\n".join(_notes(f"The same on {', '.join(column.label for column in columns[1:])}.", width))
+        yield "\n".join(_notes(f"The same parameters on {', '.join(column.label for column in columns[1:])}.", width))
     yield f"\nSIZES, {found['parameters']:,} parameters\n{draw_sizes(found, width)}"
     if source.read is None:
         yield f"\nErrors and homogeneity need weights, and {source.name} holds a config.json alone."

@@ -75,6 +75,8 @@ class Trainer:
                 self.validate()
             if self.due(self.config.checkpoint.every_steps):
                 self.save()
+            if self.due(self.config.log.weights_every_steps or self.config.checkpoint.every_steps):
+                self.look_at_weights()
 
     def due(self, every_steps: int | None) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens now."""
@@ -127,8 +129,7 @@ class Trainer:
         """Score the validation split, log it, and keep the checkpoint if it is the best so far. Collective."""
         assert self.validation is not None
         self.student.mode(training=False)
-        teacher = None if self.validated else self.teacher  # its figures stay what they are
-        self.validated = True
+        teacher, self.validated = None if self.validated else self.teacher, True  # its figures stay what they are
         scores = evaluate(self.student.outputs, self.validation, self.config.train.micro_batch, self.world, teacher, self.config.eval.max_samples)
         self.metrics.log_scores(self.step, validation_loss=scores.loss, validation_perplexity=scores.perplexity)
         self.metrics.show(self.step, {name: value for name, value in scores.as_dict().items() if "hidden" in name})
@@ -137,14 +138,16 @@ class Trainer:
             if self.config.export.checkpoint == "best" and not self.due(self.config.checkpoint.every_steps):
                 self.save()
 
+    def look_at_weights(self) -> None:
+        """Show in TensorBoard what quantization does to each weight, and how alike words are. Collective."""
+        self.metrics.show_quantization(self.step, self.student.quantization())
+        taught = {f"teacher_{name}": value for name, value in self.teacher.words().items()} if self.teacher else {}
+        self.metrics.show(self.step, self.student.words() | taught)
+
     def save(self) -> None:
-        """Commit a checkpoint of this step, unless there is one, and show the scales. Collective."""
+        """Commit a checkpoint of this step, unless there is one. Collective."""
         if self.saved_step == self.step:
             return
-        self.metrics.show_quantization(self.step, self.student.quantization())
-        self.metrics.show(self.step, self.student.words())
-        if self.teacher and self.saved_step is None:
-            self.metrics.show(self.step, {f"teacher_{name}": value for name, value in self.teacher.words().items()})
         state = {"step": self.step, "best": self.best, "pending_metrics": self.metrics.state(), "config": self.config.model_dump(mode="json")}
         checkpoint.save(self.run.checkpoints, self.step, self.world.rank, self.student, state, self.config.checkpoint.keep_last)
         self.saved_step = self.step
@@ -159,8 +162,7 @@ class Trainer:
             state = checkpoint.read_state(folder)
             checkpoint.require_same_config(folder, state["config"], self.config)
             checkpoint.load(folder, self.student)
-            self.step, self.best, pending = state["step"], state["best"], state["pending_metrics"]
-            self.saved_step = self.step
+            self.step, self.saved_step, self.best, pending = state["step"], state["step"], state["best"], state["pending_metrics"]
         self.metrics.resume(self.step, pending)
         if self.world.rank == 0:
             self.run.event("start" if folder is None else "resume", step=self.step, ranks=self.world.world_size)

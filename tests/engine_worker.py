@@ -26,6 +26,7 @@ from dqtrain.distill.objective import Objective
 from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models import LanguageModel
+from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import initialise_scales, is_learned_scale, quantize_model
 from dqtrain.trainer import seed_micro_batch
 from dqtrain.world import World, barrier, init_world, sum_over_ranks
@@ -75,11 +76,17 @@ def settings(grid: str) -> Quant:
 SETTINGS = {grid: settings(grid) for grid in ("dynamic", "lsq", "affine")}
 
 
-def student_model(seed: int = 2, activations: bool = False, grid: str = "dynamic", checkpointing: bool = False, **changes: int) -> GPT2LMHeadModel:
+def student_model(
+    seed: int = 2, activations: bool = False, scale: str = "per_token", grid: str = "dynamic", checkpointing: bool = False, **changes: int
+) -> GPT2LMHeadModel:
     """2-2-8, or 2-2-float; scales of one element (linears) and of one per row (embeddings). Other grids: 4-4-8, in groups."""
     model = float_model(seed, **changes)
-    inputs = ActivationQuant(bits=8, attention=True) if activations else None
+    inputs = ActivationQuant(bits=8, scale=scale, attention=True) if activations else None  # type: ignore[arg-type]
     quantize_model(model, SETTINGS[grid].model_copy(update={"activations": inputs}))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    calibrate(model, lambda: model(micro_batches(0)[0][0]))
+    torch.set_num_threads(threads)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

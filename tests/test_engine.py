@@ -17,11 +17,12 @@ CASES["persistent"] = {"stage": 3, "teacher": 3, "threshold": 10**6}
 CASES["released"] = {"stage": 3, "teacher": 3}
 CASES |= {f"codes-{stage}": {"stage": stage, "teacher": 3, "activations": True} for stage in (1, 3)}
 CASES |= {f"bf16-{stage}": {"stage": stage, "teacher": stage % 2 * 3, "precision": "bf16"} for stage in (2, 3)}
-CASES |= {f"checkpointing-{stage}": {"stage": stage, "checkpointing": True} for stage in (1, 3)}
-CASES |= {f"untied-{stage}": {"stage": stage, "tie_word_embeddings": False} for stage in (2, 3)}
+CASES["codes-learned-3"] = {"stage": 3, "activations": True, "scale": "learned"}
+CASES |= {f"checkpointing-{stage}": {"stage": stage, "checkpointing": True} for stage in (1, 2, 3)}
+CASES |= {f"untied-{stage}": {"stage": stage, "tie_word_embeddings": False} for stage in (1, 2, 3)}
 CASES |= {f"{grid}-3": {"stage": 3, "grid": grid} for grid in ("lsq", "affine")}
-ALONE = {"alone-1": {"stage": 1}, "alone-3": {"stage": 3, "tie_word_embeddings": False, "checkpointing": True}}
-STUDENT = ("activations", "precision", "checkpointing", "tie_word_embeddings", "grid")
+ALONE = {"alone-1": {"stage": 1}, "alone-2": {"stage": 2, "grid": "affine"}, "alone-3": {"stage": 3, "tie_word_embeddings": False, "checkpointing": True}}
+STUDENT = ("activations", "precision", "checkpointing", "tie_word_embeddings", "grid", "scale")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_ranks_agree_in_every_bit_and_all_state_is_fp32(found, name):
         assert report(found, name, rank)["dtypes"] == ["torch.bool", "torch.float32"]  # bool: which rows of the bank were touched
     expected = {"lr_weights": TRAIN.lr, "lr_vectors": TRAIN.lr, "lr_scales": TRAIN.scale_lr, "lr_clips": TRAIN.scale_lr}
     expected = {key: value for key, value in expected.items() if key in report(found, name)["learning_rates"]}
-    assert len(expected) == (4 if "grid" in CASES[name] else 3)
+    assert len(expected) == (4 if "grid" in CASES[name] or "scale" in CASES[name] else 3)
     assert report(found, name)["learning_rates"] == {key: FACTORS[-1] * value for key, value in expected.items()}
 
 

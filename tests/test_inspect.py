@@ -151,7 +151,7 @@ def test_text_has_the_same_figures(capsys, folders, monkeypatch):
     assert code == 0 and max(map(len, out.split("\n"))) <= 110
     assert "GPT2LMHeadModel, 2-2-8 on dynamic, seq" in out
     assert "transformer.h.0-1.attn.c_attn.weight  32 x 96   ternary dynamic per_tensor  8 bit per_token" in out
-    assert "100.0% of the elements of these parameters are quantized." in out and "The same on seq." in out
+    assert "100.0% of the elements of these parameters are quantized." in out and "The same parameters on seq." in out
     for line in ("float, fp32", "as the papers count", "and an fp32 scale per word", "our model.safetensors, dynamic", "our model.safetensors, seq"):
         assert line in out
     assert f"{found['sizes']['artifact']['seq']['model.safetensors']['bytes']:,}" in out

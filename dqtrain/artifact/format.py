@@ -1,6 +1,6 @@
 """The packed artifact: integer codes, their scales, and what is needed to read them; nothing else holds the model.
 
-    model.safetensors   NAME.codes       uint8, `quant.pack`: 5 ternary, 4 two-bit, 2 four-bit or 1 eight-bit codes per byte
+    model.safetensors   NAME.codes       uint8, as many codes to a byte as fit (`quant.pack`): 5 ternary ones, 1.6 bits each
                         NAME.scale       real units per code, flat; float16 where the grid is portable, which holds it exactly
                         NAME.zero_point  codes, int8, of the affine grids
                         NAME             what stays float, fp32, or bf16 where training rounded it; buffers that are not zero

@@ -26,9 +26,8 @@ def load_artifact(path: Path | str) -> PreTrainedModel:
     about = read_description(folder)
     model = empty_model(folder)
     stored = read_weights(folder, about)
-    if about["activations"] is not None:
-        inputs = {row.name: row.input_quantizer for row in Coverage.from_json(json.dumps(about["coverage"])).rows if row.input_quantizer}
-        quantize_activations(model, inputs, ActivationQuant(**about["activations"]))
+    activations = about["activations"] and ActivationQuant(**about["activations"])
+    quantize_activations(model, Coverage.from_json(json.dumps(about["coverage"])), activations)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in stored:

@@ -24,9 +24,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from dqtrain.errors import ConfigError
-
-TINY = torch.finfo(torch.float32).tiny
-"""The least scale, so that nothing is divided by 0."""
+from dqtrain.quant.grid import TINY, compute
 
 BLOCKS = {"block_32": 32, "block_256": 256}
 """Inputs that share a scale in llama.cpp's formats of activations, Q8_0 and Q8_K."""
@@ -44,11 +42,6 @@ def is_one_sided(name: str) -> bool:
     """
     *above, last = name.split(".")
     return last in _FOLLOWS_ACTIVATION or (last == "c_proj" and above[-1:] == ["mlp"])
-
-
-def compute(x: Tensor) -> Tensor:
-    """In the precision of this file's arithmetic: float64 stays, anything else becomes fp32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,8 @@ class ActivationQuantizer:
     dL/ds = g * sum of dL/dy * (c - z - v where not clamped, c - z where clamped), dL/dz = g * sum of -s dL/dy where clamped;
     g = 1 / sqrt(features * qmax) (qmax: the largest code). LSQ counts all elements of x in g; features alone are
     counted here, so that the batch and the length of its texts do not change the learning rate of a step.
+
+    An activation that is not finite makes its token NaN, or the tensor, and with it the loss: a run stops there by itself.
 
     A learned step is used as max(step, tiny), with the gradient passing straight through, as for weights; a zero point is rounded and kept within
     0..2^bits - 1, so that 0 has a code.
@@ -135,21 +130,29 @@ class ActivationQuantizer:
         Of several calls on one x (queries, keys and values read the same) dynamic scales give one and the same memory.
         Raises ConfigError where blocks do not divide the features.
         """
-        if x.numel() == 0:
+        if x.numel() == 0 and self.scale != "learned":  # a learned step takes part in backward even so: ZeRO waits for its gradient on every rank
             return x
         if self.scale == "learned":
             if _Calibration.running is not None:
                 _Calibration.running.see(self, x, module, is_real)
                 return x
+            calibrated = module.__dict__.setdefault("calibrated_places", set())
+            if self.place not in calibrated:
+                check_calibrated(module)
+                calibrated.add(self.place)
             return _Learned.apply(x, self, self.learned_values(module), is_real, *(getattr(module, name) for name in self.learned_names))
-        block = BLOCKS.get(self.scale, 1)
-        if x.shape[-1] % block:
-            raise ConfigError(
-                f"{type(module).__name__}'s {self.place} has {x.shape[-1]} features, which blocks of {block} do not divide. Set the scale of activations to "
-                f"{'block_32 or ' if block == 256 and x.shape[-1] % 32 == 0 else ''}per_token, for all or with quant.overrides for these layers alone."
-            )
+        self.check_features(x.shape[-1], f"{type(module).__name__}'s {self.place}")
         value = _remembered(self, x, is_real)
         return _StraightThrough.apply(x, value) if torch.is_grad_enabled() and x.requires_grad else value
+
+    def check_features(self, features: int, name: str) -> None:
+        """Raise ConfigError, with `name`, where blocks do not divide the features."""
+        block = BLOCKS.get(self.scale, 1)
+        if features % block:
+            raise ConfigError(
+                f"{name} has {features} input features, which blocks of {block} do not divide. Set the scale of activations to "
+                f"{'block_32 or ' if block == 256 and features % 32 == 0 else ''}per_token, for all or with quant.overrides for these layers alone."
+            )
 
     @torch.no_grad()
     def value(self, x: Tensor, learned: tuple[Tensor, ...] = (), is_real: Tensor | None = None) -> Tensor:
@@ -414,6 +417,10 @@ class _Calibration:
         v = compute(x) if is_real is None else compute(x)[is_real]
         if v.numel() == 0:
             return
+        if not bool(v.isfinite().all()):
+            raise ConfigError(
+                f"{type(module).__name__}'s {quantizer.place} holds NaN or infinite values while calibrating. Start from a model and data that are sound."
+            )
         seen = self.seen.setdefault((id(module), quantizer.place), _Seen())
         if quantizer.has_zero_point:
             low, high = torch.aminmax(v)
@@ -433,7 +440,7 @@ class _Calibration:
         return step, -seen.low / step
 
 
-NUM_CANDIDATES = 16
+STEPS_TRIED = 16
 """Steps that `calibrate` tries for what one forward brings."""
 
 
@@ -442,7 +449,7 @@ def _best_step(v: Tensor, quantizer: ActivationQuantizer) -> Tensor:
     low, high = quantizer.code_range
     size = v.abs()
     start, end = 2 * size.mean() / math.sqrt(high), size.max() / high
-    steps = [(start + (end - start) * i / (NUM_CANDIDATES - 1)).clamp_min(TINY) for i in range(NUM_CANDIDATES)]
+    steps = [(start + (end - start) * i / (STEPS_TRIED - 1)).clamp_min(TINY) for i in range(STEPS_TRIED)]
     errors = torch.stack([(torch.round(v / step).clamp_(low, high) * step - v).square_().mean() for step in steps])
     return torch.stack(steps)[errors.argmin()]
 
@@ -454,15 +461,15 @@ def _learned_quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Acti
 
 
 def calibrate(model: nn.Module, run: Callable[[], None]) -> None:
-    """Set every learned step and zero point by what `run` shows them: forwards of `model` on real data, padding as in training.
+    """Set every learned step and zero point that is not set yet by what `run` shows them: forwards of `model` on real data, padding as in training.
 
     Runs once, in eval mode and without gradients; places with learned scales stay float meanwhile. A step starts where the squared error is least,
     between LSQ's own start and max|x| / qmax (at 8 bits LSQ's clips far too much), in the mean over the forwards; with a zero point both
     follow the least and largest value seen, with 0 between them. Call it before the model is partitioned; on several ranks give each the same data.
     Raises ConfigError for a quantizer that no forward ran.
     """
-    learned = list(_learned_quantizers(model))
-    if not learned:
+    unset = [(prefix, module, q) for prefix, module, q in _learned_quantizers(model) if any(bool(getattr(module, n).isnan()) for n in q.learned_names)]
+    if not unset:
         return
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -475,7 +482,7 @@ def calibrate(model: nn.Module, run: Callable[[], None]) -> None:
         for module, mode in modes.items():
             module.training = mode
     idle = []
-    for prefix, module, quantizer in learned:
+    for prefix, module, quantizer in unset:
         found = calibration.result(quantizer, module)
         if found is None:
             idle += [prefix + name for name in quantizer.learned_names]

@@ -34,12 +34,12 @@ WITHOUT_EFFECT = frozenset(
 """Arguments that families hand on and that do not change what eager attention computes: what is causal or in a window is in the mask."""
 
 
-def quantize_attention(model: nn.Module, bits: int, scale: str) -> list[str]:
+def quantize_attention(model: nn.Module, bits: int, scale: str, asymmetric: bool = True) -> list[str]:
     """Quantize queries, keys, probabilities and values of every attention module of `model`, in place; returns the modules' names.
 
     `scale` is one of activation.SCALES. `learned` gives each place of each module a step of its own, and probabilities a zero point too, which
     `activation.calibrate` starts. Any other one means dynamic scales: one for each token and head of queries, keys and values,
-    symmetric, and one for each query's row of probabilities, asymmetric (they are >= 0, so that all codes are in use). It is
+    symmetric, and one for each query's row of probabilities, asymmetric unless told otherwise (they are >= 0, so that all codes are in use then). It is
     not one for the whole tensor, or for blocks that may not divide a head: a range over the sequence would hold later tokens, and then cached
     decoding, which cannot see them, would compute something else than training did.
 
@@ -72,7 +72,7 @@ def quantize_attention(model: nn.Module, bits: int, scale: str) -> list[str]:
             )
     for module in attentions.values():
         scale = scale if scale == "learned" else "per_token"
-        quantizers = {place: ActivationQuantizer(place, bits, scale, place == "probabilities") for place in PLACES}
+        quantizers = {place: ActivationQuantizer(place, bits, scale, asymmetric and place == "probabilities") for place in PLACES}
         for quantizer in quantizers.values():
             quantizer.register(module)
         module.attention_quantizers, module.attention_ran = quantizers, False  # type: ignore[assignment]

@@ -15,13 +15,13 @@ device) has next to no chance to move a scale. Training and export share these f
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dqtrain.config import BITS_OF_GRID, Bits
+from dqtrain.config import BITS_OF_GRID, Bits, WeightQuant
 from dqtrain.errors import ConfigError
 
 Granularity = Literal["per_tensor", "per_row", "per_group"]
@@ -347,7 +347,7 @@ GRIDS: dict[str, Grid] = {
     "seq": Seq(),
     "affine": Affine(),
 }
-assert GRIDS.keys() == BITS_OF_GRID.keys()
+assert GRIDS.keys() == BITS_OF_GRID.keys() == set(get_args(WeightQuant.model_fields["grid"].annotation))
 
 
 def level_of(weight: Tensor, step: Tensor, zero_point: Tensor | None, levels: Levels, out: Tensor | None = None) -> Tensor:

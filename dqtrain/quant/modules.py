@@ -95,8 +95,8 @@ class QuantizedInput(_Quantized):
             return super().forward(quantized, *args, **kwargs)
 
 
-class QuantizedExpertsInput(QuantizedInput):
-    """Mixin: as QuantizedInput, and the gated product inside each expert, which is the input of its second matrix, is quantized too."""
+class QuantizedGate(_Quantized):
+    """Mixin for experts: the gated product inside each of them, the input of its second matrix, is quantized."""
 
     gated_quantizer: ActivationQuantizer
 
@@ -306,8 +306,13 @@ def quantize_model(model: nn.Module, config: Quant, initialise: bool = True) -> 
     coverage = Coverage([_quantize_parameter(holders, config) for holders in matrices])
     if config.vectors == "bf16":
         _round_vectors(model)
-    if config.activations is not None:
-        quantize_activations(model, {row.name: row.input_quantizer for row in coverage.rows if row.input_quantizer}, config.activations)
+    for override in config.overrides:
+        matched = [row for row, holders in zip(coverage.rows, matrices, strict=True) if any(fnmatchcase(holder.name, override.match) for holder in holders)]
+        if override.activations is not None and not any(row.input_quantizer for row in matched):
+            raise ConfigError(
+                f"quant.overrides has activations for `{override.match}`, but no quantized linear layer is called so. Give it weights too, or remove it."
+            )
+    quantize_activations(model, coverage, config.activations)
     if initialise:
         initialise_scales(model)
     return coverage
@@ -317,7 +322,8 @@ def _matrices(model: nn.Module) -> list[list[_Holder]]:
     """All holders of each parameter of two dimensions or more, in the order of `named_parameters`."""
     holders: dict[nn.Parameter, list[_Holder]] = {}
     for module_name, module in model.named_modules():
-        assert not isinstance(module, _Quantized), "a model is quantized once"
+        if isinstance(module, _Quantized):
+            raise ConfigError(f"{module_name} of this model is quantized already, and quantizing it again would hide that. Start from the float model.")
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim >= 2:
                 holders.setdefault(parameter, []).append(_Holder(module_name, module, key))
@@ -347,11 +353,16 @@ def _quantize_parameter(holders: list[_Holder], config: Quant) -> CoverageRow:
         holder.module.__dict__.setdefault("weight_names", {})[holder.key] = first.name
         for name, parameter in learned.items():
             holder.module.register_parameter(f"{holder.key}_{name}", parameter)
-    readers = [holder for holder in holders if holder.kind == "linears"]
-    if inputs is None or not readers:
+    reader = next((holder for holder in holders if holder.kind == "linears"), None)
+    if inputs is None or reader is None:
         return replace(row, quantizer=quantizer)
-    asymmetric = inputs.asymmetric == "everywhere" or (inputs.asymmetric == "one_sided" and is_one_sided(readers[0].module_name))
-    return replace(row, quantizer=quantizer, input_quantizer=ActivationQuantizer("input", inputs.bits, inputs.scale, asymmetric))
+    is_gated = reader.is_experts and reader.key.startswith("down")
+    asymmetric = inputs.asymmetric == "everywhere" or (inputs.asymmetric == "one_sided" and is_one_sided(reader.key if is_gated else reader.module_name))
+    # Inside experts tokens are sorted, so that which are padded is not known: each has a scale of its own.
+    scale = "per_token" if is_gated and inputs.scale == "per_tensor" else inputs.scale
+    input_quantizer = ActivationQuantizer("gated" if is_gated else "input", inputs.bits, scale, asymmetric)
+    input_quantizer.check_features(row.shape[-1 - reader.row_axis], first.name)
+    return replace(row, quantizer=quantizer, input_quantizer=input_quantizer)
 
 
 def _settings(holders: list[_Holder], config: Quant) -> tuple[str | None, WeightQuant | None, ActivationQuant | None, str | None]:
@@ -387,25 +398,19 @@ def _round_vectors(model: nn.Module) -> None:
             module.rounded = vectors  # type: ignore[assignment]
 
 
-def quantize_activations(model: nn.Module, inputs: dict[str, ActivationQuantizer], settings: ActivationQuant) -> None:
-    """Quantize the inputs of every module whose weight is one of the named parameters, by any of its names, and attention: what an artifact needs too."""
+def quantize_activations(model: nn.Module, coverage: Coverage, settings: ActivationQuant | None) -> None:
+    """Quantize the inputs of linear layers as their weights' rows say, by any name of a weight, and attention as the settings do: what an artifact needs too."""
+    inputs = {row.name: row.input_quantizer for row in coverage.rows if row.input_quantizer}
     by_weight = {parameter: inputs[name] for name, parameter in model.named_parameters() if name in inputs}
     for module in list(model.modules()):
-        quantizer = next((by_weight[p] for p in module._parameters.values() if p is not None and p in by_weight), None)
-        if quantizer is None or isinstance(module, nn.Embedding):
-            continue
-        _mix_in(module, QuantizedInput if not hasattr(module, "_apply_gate") else QuantizedExpertsInput)
-        quantizer.register(module)
-        module.input_quantizer = quantizer  # type: ignore[assignment]
-        if isinstance(module, QuantizedExpertsInput):
-            # Tokens are sorted by expert there, so that which are padded is not known: each has a scale of its own.
-            scale = "per_token" if quantizer.scale == "per_tensor" else quantizer.scale
-            gated = replace(quantizer, place="gated", scale=scale, asymmetric=settings.asymmetric != "nowhere" and quantizer.scale != "learned")
-            gated.register(module)
-            module.gated_quantizer = gated
-            model.set_experts_implementation("grouped_mm")  # type: ignore[operator] # the eager one of some families does not call _apply_gate
-    if settings.attention:
-        quantize_attention(model, settings.bits, settings.scale)
+        for quantizer in [by_weight[p] for p in module._parameters.values() if p is not None and p in by_weight and not isinstance(module, nn.Embedding)]:
+            _mix_in(module, QuantizedGate if quantizer.place == "gated" else QuantizedInput)
+            quantizer.register(module)
+            setattr(module, f"{quantizer.place}_quantizer", quantizer)
+            if quantizer.place == "gated":
+                model.set_experts_implementation("grouped_mm")  # type: ignore[operator] # the eager one of some families does not call _apply_gate
+    if settings is not None and settings.attention:
+        quantize_attention(model, settings.bits, settings.scale, settings.asymmetric != "nowhere")
     watch_padding(model)
 
 
@@ -439,8 +444,8 @@ def quantized_parameters(model: nn.Module) -> Iterator[QuantizedParameter]:
 def initialise_scales(model: nn.Module, gather: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()) -> None:
     """Set every learned weight scale to where the squared error is least, one weight at a time.
 
-    `gather(parameters)` is a context in which these parameters are whole and what is written to them lasts; under ZeRO-3 that
-    of the engine, so that one weight is whole at a time. Raises ConfigError for a weight that is not finite.
+    `gather(parameters)` is a context in which these parameters are whole and what is written to them lasts: `engine.gather` for a
+    model that is partitioned already, so that one weight is whole at a time. Raises ConfigError for a weight that is not finite.
     """
     for parameter in quantized_parameters(model):
         with gather((parameter.weight, *parameter.learned)):
@@ -469,14 +474,14 @@ def rounded_vectors(model: nn.Module) -> set[str]:
 def check_all_ran(model: nn.Module) -> None:
     """Raise ConfigError naming the quantized parameters that no forward has quantized yet, or the attention modules."""
     ran: dict[str, bool] = {}
-    for module in model.modules():
+    for module_name, module in model.named_modules():
         if isinstance(module, QuantizedParameters):
-            for name in module.weight_names.values():
+            for name in module.weight_names.values() or [f"{module_name}.{key}" for key in module.rounded]:
                 ran[name] = ran.get(name, False) or module.quantizer_ran
     idle = [name for name, has_run in ran.items() if not has_run]
     if idle:
         raise ConfigError(
             f"{len(idle)} of {len(ran)} quantizers never ran: {', '.join(idle[:5])}{', ...' if len(idle) > 5 else ''}. "
-            "Their modules are read without being called; keep them float with entries of quant.overrides (match: NAME, keep_float: true)."
+            "Their modules are read without being called; keep them float with entries of quant.overrides (match: NAME, keep_float: true), norms with vectors: fp32."
         )
     check_attention_ran(model)

@@ -115,9 +115,9 @@ def test_bad_settings_say_what_to_do():
     with pytest.raises(ConfigError, match="`per_row`, which is none of per_token"):
         ActivationQuantizer("input", 8, "per_row", False)
     linear = nn.Linear(48, 3)
-    with pytest.raises(ConfigError, match=r"Linear's input has 48 features, which blocks of 32 do not divide.*per_token"):
+    with pytest.raises(ConfigError, match=r"Linear's input has 48 input features, which blocks of 32 do not divide.*per_token"):
         ActivationQuantizer("input", 8, "block_32", False)(torch.ones(2, 48), linear)
-    with pytest.raises(ConfigError, match=r"96 features, which blocks of 256 do not divide. Set the scale of activations to block_32 or per_token"):
+    with pytest.raises(ConfigError, match=r"96 input features, which blocks of 256 do not divide. Set the scale of activations to block_32 or per_token"):
         ActivationQuantizer("input", 8, "block_256", False)(torch.ones(2, 96), linear)
 
 

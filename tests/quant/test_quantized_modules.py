@@ -2,10 +2,13 @@ import contextlib
 import copy
 import json
 import pickle
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from families import FAMILIES, IDS, logits_of
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dqtrain.config import BITS_OF_GRID, ActivationQuant, Override, Quant, WeightQuant
 from dqtrain.errors import ConfigError
+from dqtrain.quant.activation import calibrate
 from dqtrain.quant.grid import GRIDS, WeightQuantizer
 from dqtrain.quant.modules import (
     Coverage,
@@ -345,7 +349,7 @@ def test_activations_are_quantized_at_the_input_of_linears_alone():
 
     loaded = nn.Sequential(nn.Linear(24, 8))
     loaded.load_state_dict({"0.weight": value, "0.bias": model[0].bias})
-    quantize_activations(loaded, {"0.weight": coverage.rows[0].input_quantizer}, ActivationQuant(bits=8))
+    quantize_activations(loaded, coverage, ActivationQuant(bits=8))
     assert torch.equal(loaded(x), model(x)) and list(loaded.state_dict()) == ["0.weight", "0.bias"]
     assert torch.equal(pickle.loads(pickle.dumps(loaded))(x), loaded(x))
 
@@ -460,6 +464,85 @@ def test_each_expert_is_a_matrix_of_its_own(granularity):
     assert next(row for row in coverage.rows if row.name == name).shape == (3, 32, 48)
     loss_of(model).backward()
     assert experts.down_proj_step.grad.abs().max() > 0
+
+
+def test_inputs_of_experts_follow_the_weights_that_read_them():
+    four = ActivationQuant(bits=4)
+    overrides = (*float_at("*.0.mlp.experts.gate_up_proj"), Override(match="*.experts.down_proj", activations=four))
+    model = FAMILIES["mixtral"]()
+    rows = {row.name: row for row in quantize_model(model, settings(overrides=overrides)).rows}
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    assert not isinstance(first, QuantizedInput) and first.gated_quantizer.bits == second.gated_quantizer.bits == 4
+    assert second.input_quantizer.bits == 8 and not second.input_quantizer.asymmetric and second.gated_quantizer.asymmetric
+    assert rows["model.layers.1.mlp.experts.down_proj"].input_quantizer == second.gated_quantizer
+    seen = []
+    second.gated_quantizer = lambda x, module: seen.append(x.shape) or x  # what transformers' implementation of experts calls
+    loss_of(model)
+    assert seen == [(24 * 2, 48)]
+
+
+def test_inputs_may_be_quantized_by_overrides_alone():
+    quant = settings(activations=None, overrides=(Override(match="*.c_fc.weight", activations=ActivationQuant(bits=4)),))
+    model = FAMILIES["gpt2"]()
+    coverage = quantize_model(model, quant)
+    assert [row.name for row in coverage.rows if row.input_quantizer] == [f"transformer.h.{i}.mlp.c_fc.weight" for i in (0, 1)]
+    assert model.transformer.h[0].mlp.c_fc.input_quantizer.bits == 4 and not isinstance(model.transformer.h[0].mlp.c_proj, QuantizedInput)
+
+
+@pytest.mark.parametrize(
+    "quant, message",
+    [
+        (settings(None, overrides=(Override(match="*.c_fc.weight", activations=ActivationQuant(bits=4)),)), "no quantized linear layer is called so"),
+        (settings(overrides=(Override(match="*.wpe.weight", activations=ActivationQuant(bits=4)),)), "no quantized linear layer is called so"),
+        (
+            settings().model_copy(update={"activations": ActivationQuant(bits=8, scale="block_256")}),
+            r"transformer\.wte\.weight has 32 input features, which blocks of 256 do not divide. Set the scale of activations to block_32 or per_token",
+        ),
+    ],
+)
+def test_activation_settings_that_cannot_be_are_refused(quant, message):
+    with pytest.raises(ConfigError, match=message):
+        quantize_model(FAMILIES["gpt2"](), quant)
+
+
+def test_a_quantized_model_is_not_quantized_again():
+    model = FAMILIES["gpt2"]()
+    quantize_model(model, settings())
+    with pytest.raises(ConfigError, match=r"transformer\.wte of this model is quantized already"):
+        quantize_model(model, settings())
+
+
+def test_learned_activation_scales_ask_for_calibration():
+    model = FAMILIES["gpt2"]()
+    quantize_model(model, settings().model_copy(update={"activations": ActivationQuant(bits=8, scale="learned", attention=True)}))
+    with pytest.raises(ConfigError, match="learned activation scales are not set: input_step.*Call dqtrain.quant.activation.calibrate"):
+        loss_of(model)
+    calibrate(model, lambda: loss_of(model))
+    found = [gradient for name, gradient in gradients(model)[1].items() if name.endswith("_step")]
+    assert len(found) == 2 * (4 + 4) + 1 and all(gradient.isfinite().all() for gradient in found)
+
+
+def test_vectors_that_are_read_without_calling_their_module_are_named():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8, bias=False), nn.LayerNorm(8)
+
+        def forward(self, x):
+            return self.linear(x) * self.norm.weight
+
+    model = Reader()
+    quantize_model(model, settings(activations=None, vectors="bf16"))
+    model(torch.randn(1, 8))
+    with pytest.raises(ConfigError, match=r"2 of 3 quantizers never ran: norm\.weight, norm\.bias.*vectors: fp32"):
+        check_all_ran(model)
+
+
+def test_the_documented_block_is_a_config():
+    text = (Path(__file__).parents[2] / "docs/quantization.md").read_text()
+    block = yaml.safe_load(textwrap.dedent(text.split("## A weight\n")[1].split("\n\nOf")[0]))
+    overrides = Quant.model_validate({"embeddings": None, "positions": None, **block["quant"]}).overrides
+    assert [override.keep_float for override in overrides] == [False, True]
 
 
 def test_a_router_is_quantized_where_an_override_names_it():
