@@ -82,7 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", "write and verify the artifact of a finished run again", "dqtrain export runs/mine")
     export.add_argument("run", type=Path, help="run directory")
     bench = command("bench", "measure on this machine, side by side", "dqtrain bench quantizers")
-    bench.add_argument("what", choices=["quantizers"], help="quantizers: speed of a weight's way through one, and the error of every grid")
+    bench.add_argument(
+        "what",
+        choices=["quantizers", "head"],
+        help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss",
+    )
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
     generate.add_argument("model", type=Path, help="packed artifact or Hugging Face directory")
     generate.add_argument("prompt")
@@ -171,9 +175,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
         return inspect(args.model, args.quant, args.config, args.grid, args.group_size, args.json)
     if args.command == "bench":
-        from dqtrain.bench.quantizers import run as measure
+        from dqtrain.bench import head, quantizers
 
-        print(measure())
+        print({"quantizers": quantizers.run, "head": head.run}[args.what]())
         return 0
     if args.command == "export":
         from dqtrain.artifact.export import export

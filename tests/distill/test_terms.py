@@ -2,9 +2,11 @@
 
 import math
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dqtrain.config import Contrast, Distill
@@ -37,14 +39,136 @@ def test_task_is_minus_log_probability():
     assert torch.allclose(gradient, x.softmax(-1) - one_hot, atol=1e-12)
 
 
-def test_logits_is_cross_entropy_with_the_teacher():
-    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    t = torch.randn(4, 6, dtype=torch.float64)
-    p, q = (np.exp(a) / np.exp(a).sum(-1, keepdims=True) for a in (t.numpy(), x.detach().numpy()))
-    found = terms.logits(x, t)
-    assert found.tolist() == pytest.approx((-(p * np.log(q)).sum(-1)).tolist(), abs=1e-12)
-    (gradient,) = torch.autograd.grad(found.sum(), x)
-    assert np.allclose(gradient.numpy(), q - p, atol=1e-12)
+def by_hand(name, s, t, temperature, beta):
+    """Value [n] and gradient for s [n, vocabulary] of a divergence, in numpy and float64."""
+    p, q = (np.exp(a / temperature) / np.exp(a / temperature).sum(-1, keepdims=True) for a in (t, s))
+    m = beta * p + (1 - beta) * q
+    forward, reverse = (p * np.log(p / q)).sum(-1), (q * np.log(q / p)).sum(-1)
+    to_mean = (q * np.log(q / m)).sum(-1)
+    # d/ds_j of sum_v f(q_v) is q_j (f'(q_j) - sum_v q_v f'(q_v)) / T
+    of_forward, of_reverse = q - p, q * (np.log(q / p) - reverse[:, None])
+    value, gradient = {
+        "cross_entropy": (-(p * np.log(q)).sum(-1), of_forward),
+        "forward_kl": (forward, of_forward),
+        "reverse_kl": (reverse, of_reverse),
+        "jensen_shannon": (beta * (p * np.log(p / m)).sum(-1) + (1 - beta) * to_mean, (1 - beta) * q * (np.log(q / m) - to_mean[:, None])),
+        "confidence_kl": (beta * reverse + (1 - beta) * forward, beta * of_reverse + (1 - beta) * of_forward),
+        "mse": (((s - t) ** 2).mean(-1), 2 * (s - t) / s.shape[1]),
+    }[name]
+    return (value, gradient) if name == "mse" else (value * temperature**2, gradient * temperature)
+
+
+def call(name, s, t, temperature=1.0, beta=0.3):
+    betas = {"beta": beta} if name in ("jensen_shannon", "confidence_kl") else {}
+    return getattr(terms, name)(s, t, **betas) if name == "mse" else getattr(terms, name)(s, t, **betas, temperature=temperature)
+
+
+DIVERGENCES = ("cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "confidence_kl", "mse")
+KULLBACK_LEIBLER = ("forward_kl", "reverse_kl", "jensen_shannon", "confidence_kl")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 0.7])
+@pytest.mark.parametrize("beta", [0.05, 0.5, 0.8])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergence_and_its_gradient_are_those_derived_by_hand(name, beta, temperature):
+    torch.manual_seed(0)
+    s, t = (2 * torch.randn(5, 9, dtype=torch.float64) for _ in range(2))
+    s.requires_grad_(), t.requires_grad_()
+    found = call(name, s, t, temperature, beta)
+    value, gradient = by_hand(name, s.detach().numpy(), t.detach().numpy(), temperature, beta)
+    assert found.shape == (5,) and np.allclose(found.detach().numpy(), value, rtol=0, atol=1e-10)
+    scale = torch.rand(5, dtype=torch.float64)
+    of_student, of_teacher = torch.autograd.grad(found @ scale, [s, t], allow_unused=True)
+    assert np.allclose(of_student.numpy(), gradient * scale.numpy()[:, None], rtol=0, atol=1e-10)
+    assert of_teacher is None  # a constant
+
+
+def test_logits_is_cross_entropy_at_temperature_1():
+    s, t = torch.randn(4, 6), torch.randn(4, 6)
+    assert torch.equal(terms.logits(s, t), terms.cross_entropy(s, t))
+
+
+@pytest.mark.parametrize("name", KULLBACK_LEIBLER)
+def test_a_student_equal_to_the_teacher_is_at_0_with_no_gradient(name):
+    s = torch.randn(4, 8, dtype=torch.float64)
+    value = call(name, s.requires_grad_(), s.detach() + 5.0, 2.0)  # a shift of all logits is no difference
+    assert value.abs().max() < 1e-12
+    assert torch.autograd.grad(value.sum(), s)[0].abs().max() < 1e-12
+
+
+@hypothesis.given(
+    seed=strategies.integers(0, 2**31), beta=strategies.floats(0.01, 0.99), temperature=strategies.floats(0.3, 5.0), scale=strategies.floats(0.1, 20.0)
+)
+def test_how_the_divergences_relate(seed, beta, temperature, scale):
+    draw = torch.Generator().manual_seed(seed)
+    s, t = (scale * torch.randn(3, 7, dtype=torch.float64, generator=draw) for _ in range(2))
+    square = temperature**2
+    forward, reverse = terms.forward_kl(s, t, temperature), terms.reverse_kl(s, t, temperature)
+    assert torch.allclose(reverse, terms.forward_kl(t, s, temperature))
+    assert torch.allclose(forward, terms.cross_entropy(s, t, temperature) - square * terms.entropy(t / temperature))
+    assert torch.allclose(terms.confidence_kl(s, t, beta, temperature), beta * reverse + (1 - beta) * forward)
+    between = terms.jensen_shannon(s, t, beta, temperature)
+    assert torch.allclose(between, terms.jensen_shannon(t, s, 1 - beta, temperature))
+    most = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    assert (between >= -1e-12).all() and (between <= square * most + 1e-12).all()
+    assert (forward >= -1e-12).all() and (reverse >= -1e-12).all()
+
+
+def test_jensen_shannon_becomes_each_kl_in_its_limit():
+    torch.manual_seed(0)
+    s, t = (torch.randn(3, 7, dtype=torch.float64) for _ in range(2))
+    assert torch.allclose(terms.jensen_shannon(s, t, 1e-7) / 1e-7, terms.forward_kl(s, t), rtol=1e-4)
+    assert torch.allclose(terms.jensen_shannon(s, t, 1 - 1e-7) / 1e-7, terms.reverse_kl(s, t), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["task", *DIVERGENCES])
+def test_huge_logits_in_fp32_stay_finite_and_right(name):
+    torch.manual_seed(0)
+    s = 1e4 * torch.randn(6, 50)
+    t = torch.cat([1e4 * torch.randn(4, 50), s[4:5], -s[5:6]])  # also full agreement, and utter disagreement
+
+    def value_and_gradient(s, t):
+        s = s.requires_grad_()
+        value = terms.task(s, t.argmax(-1)) if name == "task" else call(name, s, t)
+        return value, torch.autograd.grad(value.sum(), s)[0]
+
+    for found, expected in zip(value_and_gradient(s, t), value_and_gradient(s.detach().double(), t.double()), strict=True):
+        assert found.dtype == torch.float32 and torch.isfinite(found).all()
+        assert torch.allclose(found.double(), expected, rtol=1e-5, atol=2e-3)  # fp32 has no finer steps at 2e4
+
+
+def test_half_precision_is_widened_and_no_rows_are_no_values():
+    s, t, labels = torch.randn(4, 9).bfloat16(), torch.randn(4, 9).bfloat16(), torch.tensor([0, 8, 3, 3])
+    for name in DIVERGENCES:
+        assert call(name, s, t).dtype == torch.float32 and torch.equal(call(name, s, t), call(name, s.float(), t.float()))
+        assert call(name, s[:0], t[:0]).shape == (0,)
+    assert torch.equal(terms.task(s, labels), terms.task(s.float(), labels))
+    for weight in (terms.tsld(t, labels), terms.entropy(t), terms.confidence(t)):
+        assert weight.dtype == torch.float32
+
+
+def test_token_weights_are_those_derived_by_hand():
+    torch.manual_seed(0)
+    t, labels = 3 * torch.randn(6, 9, dtype=torch.float64), torch.randint(9, (6,))
+    t.requires_grad_()
+    p = np.exp(t.detach().numpy())
+    p /= p.sum(-1, keepdims=True)
+    loss = -np.log(p[np.arange(6), labels.numpy()])
+    weights = {"tsld": terms.tsld(t, labels), "entropy": terms.entropy(t), "confidence": terms.confidence(t)}
+    by_hand = {"tsld": np.exp(loss / 10), "entropy": -(p * np.log(p)).sum(-1), "confidence": p.max(-1)}
+    for name, weight in weights.items():
+        assert not weight.requires_grad and (weight >= 0).all()
+        assert np.allclose(weight.numpy(), by_hand[name], rtol=0, atol=1e-10)
+    assert torch.allclose(weights["tsld"] / weights["tsld"].sum(), torch.softmax(torch.from_numpy(loss) / 10, 0))  # as in TSLD's code
+    assert terms.mean_confidence(t).item() == pytest.approx(by_hand["confidence"].mean(), abs=1e-12)
+
+
+def test_token_weights_of_huge_logits_stay_finite():
+    t = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]])
+    assert terms.tsld(t, torch.tensor([1, 0])).tolist() == pytest.approx([math.exp(50)] * 2, rel=1e-5)
+    assert terms.tsld(t, torch.tensor([0, 1])).tolist() == pytest.approx([1.0, math.exp(math.log(2) / 10)], rel=1e-5)
+    assert terms.entropy(t).tolist() == pytest.approx([0.0, math.log(2)], rel=1e-5)
+    assert terms.confidence(t).tolist() == pytest.approx([1.0, 0.5], rel=1e-5)
 
 
 def reference_contrast(student, teacher, ids, is_target, bank, touched, momentum, temperature):
