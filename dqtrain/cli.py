@@ -177,7 +177,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "bench":
         from dqtrain.bench import head, quantizers
 
-        print({"quantizers": quantizers.run, "head": head.run}[args.what]())
+        print(head.run() if args.what == "head" else quantizers.run())
         return 0
     if args.command == "export":
         from dqtrain.artifact.export import export
