@@ -2,25 +2,44 @@
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dqtrain import checkpoint
 from dqtrain.artifact.load import chosen_checkpoint
-from dqtrain.config import RunConfig, check_ranks
+from dqtrain.config import Data, RunConfig, check_ranks
 from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
-from dqtrain.data.stream import IGNORED, Stream
-from dqtrain.distill.objective import Objective
+from dqtrain.data.stream import IGNORED, AnyStream, Batch, PairStream, Stream
+from dqtrain.distill import terms
+from dqtrain.distill.cache import CachedTeacher, cache_folder, write_cache
+from dqtrain.distill.chunked import chunked_loss
+from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import ConfigError
+from dqtrain.evaluate import Evaluation
 from dqtrain.files import write_text
+from dqtrain.generation import Writing, check_generation
 from dqtrain.metrics import Metrics
-from dqtrain.models import LanguageModel, check_length, check_vocabulary, empty_model, load_model, new_model, read_model_config
+from dqtrain.models import (
+    LanguageModel,
+    LayerMaps,
+    all_layers,
+    check_length,
+    check_vocabulary,
+    cut,
+    empty_model,
+    inputs_of,
+    layer_map,
+    load_model,
+    new_model,
+    read_model_config,
+)
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import Coverage, quantize_model
 from dqtrain.rundir import RunDir, model_directory, start_directory
@@ -35,22 +54,33 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     _check_models(config)  # before minutes of tokenising
     tokenizer = tokenizer_directory(config, run)
     shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
-    streams = {split: Stream(folder, config.data.tokens_per_sample, config.run.seed, shuffle=split == "train") for split, folder in shards.items()}
 
     loaded = load_tokenizer(tokenizer)
-    student, coverage = student_model(config, len(loaded), loaded.eos_token_id)
+    student, coverage, maps = student_model(config, len(loaded), loaded.eos_token_id)
+    streams = {split: open_stream(folder, config.data, student.config, config.run.seed, shuffle=split == "train") for split, folder in shards.items()}
     name = str(config.student.init_from or (config.teacher.path if config.teacher else "student.architecture"))
-    check_length(student.config, config.data.tokens_per_sample, name)
+    check_length(student.config, config.data, name)
+    if config.eval.generation is not None and config.data.pairs is not None:
+        check_generation(student.config, config.eval.generation, config.data.pairs.source_tokens)
     check_vocabulary(student.config, streams["train"].vocab_size, name, tokenizer)
     if config.teacher is not None:
         check_same_tokenizer(tokenizer, model_directory(config.teacher.path))
-    language_model = LanguageModel(student, config.train.precision)
+    wanted = needed_outputs(config.distill)
+    language_model = LanguageModel(student, config.train.precision, **wanted)
     calibrate(student, lambda: _show_samples(language_model, streams["train"], config))
-    objective = Objective(language_model, config.distill)
-    teacher = None
-    if config.teacher is not None and objective.needs_teacher:
-        model = load_model(model_directory(config.teacher.path))
-        teacher = TeacherEngine(LanguageModel(model, config.train.precision), config.train, config.zero, world)
+    teacher: TeacherEngine | CachedTeacher | None = None
+    beta = None
+    if config.teacher is not None and config.distill.teacher_terms:
+        logits = config.distill.logits
+        if config.teacher.source == "online":
+            teacher = _online_teacher(config, world)
+        else:
+            folder = broadcast_object(_cache_folder(config, shards["train"], student.config) if world.rank == 0 else Path())
+            teacher = CachedTeacher(folder, f"dqtrain cache-teacher {run.config}", world.device)
+        if logits is not None and logits.divergence == "confidence_kl" and logits.beta is None:
+            beta = _mean_confidence(teacher, streams["train"], config)
+            metrics.say(f"the teacher's mean confidence, beta of confidence_kl, is {beta:.4f}")
+    objective = Objective(language_model, config.distill, maps, config.data.longest_target, beta)
     if world.rank == 0:
         student.config.save_pretrained(run.student)
         if student.generation_config is not None:
@@ -61,18 +91,77 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
             write_text(run.coverage, coverage.to_json())
             metrics.say(coverage.table())
     engine = StudentEngine(objective, config.train, config.zero, world)
-    return Trainer(config, run, world, engine, teacher, streams["train"], streams.get("validation"), streams.get("test"), metrics)
+    judge = teacher if isinstance(teacher, TeacherEngine) else None
+    writing = writing_of(config, loaded, world, synced=config.zero.student == 3)
+    evaluation = Evaluation(streams.get("validation"), streams.get("test"), judge, writing, config.train.micro_batch, config.eval.max_samples, world)
+    return Trainer(config, run, world, engine, teacher, streams["train"], evaluation, metrics)
+
+
+def writing_of(config: RunConfig, tokenizer: Any, world: World, synced: bool) -> Writing | None:
+    """How text is generated and scored, if the config says so."""
+    data, settings = config.data, config.eval.generation
+    if settings is None or data.pairs is None:
+        return None
+    corpora = {split: source for split, source in (("validation", data.validation), ("test", data.test)) if source is not None}
+    return Writing(tokenizer, corpora, data.pairs, settings, config.train.micro_batch, config.train.precision, world, synced)
+
+
+def _online_teacher(config: RunConfig, world: World) -> TeacherEngine:
+    assert config.teacher is not None
+    model = load_model(model_directory(config.teacher.path))
+    return TeacherEngine(LanguageModel(model, config.train.precision, **needed_outputs(config.distill)), config.train, config.zero, world)
+
+
+def _cache_folder(config: RunConfig, shards: Path, model: PretrainedConfig) -> Path:
+    """Where the teacher's words on the training samples are stored."""
+    assert config.teacher is not None
+    layout = {"tokens_per_sample": config.data.tokens_per_sample, "pairs": config.data.pairs is not None, "start": model.decoder_start_token_id}
+    return cache_folder(shards, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.precision)
+
+
+def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
+    """Store what the teacher says about every training sample, where `teacher.source` says what. Collective. Raises ConfigError where it says online."""
+    if config.teacher is None or config.teacher.source == "online":
+        raise ConfigError("teacher.source is online, so that there is nothing to store; set it to hidden, sampled or top_k.")
+    metrics = Metrics(run, world, config.train.steps)
+    _check_models(config)
+    shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
+    teacher = _online_teacher(config, world)
+    model = teacher.module.model.config
+    folder = broadcast_object(_cache_folder(config, shards["train"], model) if world.rank == 0 else Path())
+    stream = open_stream(shards["train"], config.data, model, config.run.seed, shuffle=False)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    progress = metrics.phase("storing the teacher's words")
+    write_cache(folder, config.teacher, teacher, stream, config.train.micro_batch, config.run.seed, dtype, world, progress)
+    metrics.say(f"{stream.num_samples:,} samples in {folder}")
 
 
 CALIBRATION_SAMPLES = 32
 """Training samples that learned activation scales start from."""
 
 
-def _show_samples(student: LanguageModel, stream: Stream, config: RunConfig) -> None:
+def _show_samples(student: LanguageModel, stream: AnyStream, config: RunConfig) -> None:
     """Run the student on the first samples of the training, the same ones on every rank."""
+    for batch in _first_batches(stream, config):
+        student.logits(inputs_of(batch, torch.device("cpu"))[0])
+
+
+def _first_batches(stream: AnyStream, config: RunConfig) -> Iterator[Batch]:
     for start in range(0, CALIBRATION_SAMPLES, config.train.micro_batch):
-        batch = stream.batch(range(start, start + config.train.micro_batch))
-        student(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels) != IGNORED)
+        yield stream.batch(range(start, start + config.train.micro_batch))
+
+
+def _mean_confidence(teacher: TeacherEngine | CachedTeacher, stream: AnyStream, config: RunConfig) -> float:
+    """The teacher's mean largest probability on the first samples of the training, the same number on every rank. Collective."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in _first_batches(stream, config):
+        inputs, _ = inputs_of(batch, teacher.device)
+        with teacher.teaching(batch, inputs) as taught:
+            assert taught.outputs is not None and taught.head is not None
+            hidden = taught.outputs.hidden[inputs.is_target]
+            _, parts = chunked_loss(hidden, taught.head, None, None, [], lambda said, _: (said.new_zeros(()), {"sum": terms.confidence(said).double().sum()}))
+            sums += torch.stack([parts["sum"].cpu(), torch.tensor(float(len(hidden)), dtype=torch.float64)])
+    return float(sums[0] / sums[1])
 
 
 def _check_models(config: RunConfig) -> None:
@@ -81,9 +170,10 @@ def _check_models(config: RunConfig) -> None:
     models |= {"student.init_from": start_directory(config.student.init_from)} if config.student.init_from else {}
     configs = {name: read_model_config(folder) for name, folder in models.items()}
     for name, model in configs.items():
-        check_length(model, config.data.tokens_per_sample, name)
+        check_length(model, config.data, name)
     if len(configs) == 2:
-        names = ["vocab_size"] + ["hidden_size"] * (config.distill.contrast is not None and config.distill.contrast.weight > 0)
+        names = ["is_encoder_decoder", "vocab_size"] + ["hidden_size"] * bool({"hidden", "contrast"} & set(config.distill.teacher_terms))
+        names += ["num_attention_heads"] * ("attention" in config.distill.teacher_terms)
         for name in names:
             teacher, student = (getattr(model, name) for model in configs.values())
             if teacher != student:
@@ -108,14 +198,37 @@ def prepare_data(config: RunConfig, run: RunDir, say: Callable[[str], None]) -> 
     """Tokenizer and token shards of every split, made unless they are there; split -> folder."""
     tokenizer = tokenizer_directory(config, run)
     if config.data.train_tokenizer is not None:
-        train_tokenizer(config.data.train, config.data.text_field, config.data.train_tokenizer.vocab_size, tokenizer, progress=say)
+        train_tokenizer(config.data.train, config.data.text_field, config.data.train_tokenizer.vocab_size, tokenizer, say, config.data.pairs)
     sources = {"train": config.data.train, "validation": config.data.validation, "test": config.data.test}
     root = config.data.shards or run.path / "shards"
-    return {split: prepare(source, split, tokenizer, root, config.data.text_field, progress=say) for split, source in sources.items() if source is not None}
+    encoder_decoder = _is_encoder_decoder(config)
+    return {
+        split: prepare(source, split, tokenizer, root, config.data.text_field, say, pairs=config.data.pairs, encoder_decoder=encoder_decoder)
+        for split, source in sources.items()
+        if source is not None
+    }
 
 
-def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tuple[PreTrainedModel, Coverage | None]:
-    """The student's model, quantized if the config says so, and its Coverage (None if it does not)."""
+def _is_encoder_decoder(config: RunConfig) -> bool:
+    if config.student.architecture is not None:
+        return AutoConfig.for_model(config.student.architecture["model_type"]).is_encoder_decoder
+    source = start_directory(config.student.init_from) if config.student.init_from else model_directory(config.teacher.path)  # type: ignore[union-attr]
+    return read_model_config(source).is_encoder_decoder
+
+
+def open_stream(folder: Path, data: Data, model: PretrainedConfig, seed: int, shuffle: bool) -> AnyStream:
+    """The samples of a folder of shards, as a model of this config reads them."""
+    if data.pairs is None:
+        assert data.tokens_per_sample is not None
+        return Stream(folder, data.tokens_per_sample, seed, shuffle)
+    pad = model.pad_token_id if model.pad_token_id is not None else 0  # padding is masked, so that any id will do
+    if model.is_encoder_decoder and model.decoder_start_token_id is None:
+        raise ConfigError(f"the config.json of this {model.model_type} has no decoder_start_token_id, which its decoder begins with. Add it.")
+    return PairStream(folder, seed, shuffle, pad, model.decoder_start_token_id if model.is_encoder_decoder else None)
+
+
+def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tuple[PreTrainedModel, Coverage | None, LayerMaps]:
+    """The student's model, quantized if the config says so, its Coverage (None if it is not), and the teacher's layer of each of its layers."""
     source = config.student.init_from
     learned: dict[str, Tensor] = {}
     if config.student.architecture is not None:
@@ -126,8 +239,30 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tupl
     else:
         assert source is not None or config.teacher is not None, "config.py asks for one of them"
         model = load_model(source or model_directory(config.teacher.path))  # type: ignore[union-attr]
+    everything = all_layers(model.config)
+    settings = {"student.decoder_layers": config.student.decoder_layers, "student.encoder_layers": config.student.encoder_layers}
+    if config.student.encoder_layers is not None and len(everything.encoder) == 0:
+        raise ConfigError(
+            f"student.encoder_layers is set, but {type(model).__name__} has no encoder. Set student.decoder_layers, which cuts a causal model too."
+        )
+    maps = LayerMaps(*(layer_map(kept, len(layers), key) for (key, kept), layers in zip(settings.items(), filter(None, everything), strict=False)))
+    if learned and maps != everything:
+        raise ConfigError(
+            "student.init_from is a quantized run, which is not cut. Remove student.encoder_layers and decoder_layers, or start from the float model."
+        )
+    if maps != everything:
+        model = cut(model, maps)
+    if source is not None and config.teacher is not None:
+        theirs = all_layers(read_model_config(model_directory(config.teacher.path)))
+        maps = LayerMaps(
+            *(
+                layer_map(len(ours), len(layers), f"the number of the student's {name} layers")
+                for name, ours, layers in zip(("decoder", "encoder"), maps, theirs, strict=True)
+                if ours
+            )
+        )
     if config.quant is None:
-        return model, None
+        return model, None, maps
     coverage = quantize_model(model, config.quant)
     if learned:
         assert source is not None
@@ -140,10 +275,10 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tupl
         if all(before[row.name].input_quantizer == row.input_quantizer for row in coverage.rows):
             for name in learned.keys() & parameters.keys():  # what is learned of activations
                 parameters[name].data.copy_(learned[name])
-    return model, coverage
+    return model, coverage, maps
 
 
-def unigram_entropy(stream: Stream) -> float:
+def unigram_entropy(stream: AnyStream) -> float:
     """Entropy of the labels of a split, in nats per token: the loss of the best model that sees no context."""
     counts = np.zeros(stream.vocab_size, dtype=np.int64)
     for index in range(stream.num_samples):
@@ -153,21 +288,29 @@ def unigram_entropy(stream: Stream) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def evaluation_stream(path: Path, model: PreTrainedModel, split: str, data: Sequence[str] | None, tokens_per_sample: int | None) -> Stream:
-    """The samples that `dqtrain eval` reads: a split of the run that `path` names, or corpus files with the tokenizer beside the model."""
+def evaluation_stream(
+    path: Path, model: PreTrainedModel, split: str, files: Sequence[str] | None, tokens_per_sample: int | None, config: RunConfig | None = None
+) -> AnyStream:
+    """The samples that `dqtrain eval` reads: a split of the config of a run, or of another one, or corpus files with the tokenizer beside the model."""
     run = RunDir(path)
-    if run.config.is_file():
-        config = run.load_config()
-        source, tokenizer, root = getattr(config.data, split), tokenizer_directory(config, run), config.data.shards or run.path / "shards"
-        length, text_field = config.data.tokens_per_sample, config.data.text_field
+    if config is not None:
+        data = config.data
+        tokenizer, root = (tokenizer_directory(config, run), data.shards or run.path / "shards") if run.config.is_file() else (path, _cache())
     else:
-        source, tokenizer, root = None, path, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dqtrain"
-        length, text_field = min(1024, getattr(model.config, "max_position_embeddings", 1024)), "text"
-    if data:
-        source = tuple(data)
-    if source is None:
+        length = min(1024, getattr(model.config, "max_position_embeddings", 1024))
+        data, tokenizer, root = Data(train=(), tokens_per_sample=tokens_per_sample or length), path, _cache()
+        if model.config.is_encoder_decoder:
+            raise ConfigError(f"{path} reads sources and writes targets; give --config YAML, whose data.pairs says where they are.")
+    source = tuple(files) if files else getattr(data, split)
+    if not source:
         raise ConfigError(f"{path}: nothing says what to evaluate on; give --data FILE, or a run whose config has data.{split}.")
-    folder = prepare(source, split, tokenizer, root, text_field)
+    if tokens_per_sample is not None and data.pairs is None:
+        data = data.model_copy(update={"tokens_per_sample": tokens_per_sample})
+    folder = prepare(source, split, tokenizer, root, data.text_field, pairs=data.pairs, encoder_decoder=model.config.is_encoder_decoder)
     check_vocabulary(model.config, read_index(folder)["vocab_size"], str(path), tokenizer)
-    check_length(model.config, tokens_per_sample or length, str(path))
-    return Stream(folder, tokens_per_sample or length, seed=0, shuffle=False)
+    check_length(model.config, data, str(path))
+    return open_stream(folder, data, model.config, seed=0, shuffle=False)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dqtrain"

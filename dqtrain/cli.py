@@ -60,7 +60,29 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--data", nargs="+", help="corpus files, or builtin:python-stdlib; needed when MODEL is not a run (their token shards are kept in ~/.cache/dqtrain)"
     )
+    evaluate.add_argument(
+        "--config", type=Path, metavar="YAML", help="take the data and eval blocks of this config; needed for an encoder-decoder that is not a run"
+    )
     evaluate.add_argument("--tokens-per-sample", type=_positive, help="tokens per sample (default: the run's, or the model's longest up to 1024)")
+    cache = command(
+        "cache-teacher",
+        "store what the teacher says about every training sample, once, for a config whose teacher.source is hidden, sampled or top_k",
+        "dqtrain cache-teacher configs/mine.yaml --ranks 2",
+    )
+    cache.add_argument("config", type=Path, help="YAML file")
+    cache.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    cache.add_argument("--ranks", type=int, help="processes to start here (default 1)")
+    write = command(
+        "synthesize",
+        "let the teacher write a training corpus, where there is no data (LLM-QAT's scheme); goes on where it was interrupted",
+        "dqtrain synthesize TEACHER corpus.jsonl --documents 10000 --tokens 512",
+    )
+    write.add_argument("teacher", type=Path, help="causal Hugging Face directory, or finished unquantized run")
+    write.add_argument("out", type=Path, help=".jsonl file")
+    write.add_argument("--documents", type=_positive, required=True, help="documents to write")
+    write.add_argument("--tokens", type=_positive, default=512, help="longest document (default 512)")
+    write.add_argument("--seed", type=int, default=1, help="seed of what is drawn (default 1)")
+    write.add_argument("--batch", type=_positive, default=16, help="documents written side by side (default 16)")
     inspect = command(
         "inspect",
         "what a quantization does to a model before training: coverage, bytes, error of every weight, how alike words become",
@@ -128,6 +150,19 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
     return code
 
 
+def cache_teacher(config: RunConfig, ranks: int | None = None) -> int:
+    """Store the teacher's words with `ranks` processes on this machine; the exit code."""
+    if "RANK" in os.environ:
+        from dqtrain.rank import run_rank
+
+        return run_rank(config, "cache-teacher")
+    _check_paths(config)
+    run = RunDir(config.run.dir)
+    run.refuse_if_owned()
+    run.claim(config)
+    return run_ranks([sys.executable, "-m", "dqtrain", "cache-teacher", str(run.config)], 1 if ranks is None else ranks, run)
+
+
 def resume(path: Path, ranks: int | None = None) -> int:
     """Continue an unfinished run with as many ranks as it was last started with."""
     run = RunDir(path)
@@ -169,7 +204,15 @@ def _main(argv: Sequence[str] | None) -> int:
 
         return quickstart(train, args.seed, args.ablate)
     if args.command == "eval":
-        return _evaluate(args.model, args.split, args.data, args.tokens_per_sample)
+        return _evaluate(args.model, args.split, args.data, args.tokens_per_sample, args.config)
+    if args.command == "cache-teacher":
+        return cache_teacher(load_config(args.config, args.overrides), args.ranks)
+    if args.command == "synthesize":
+        from dqtrain.metrics import Phase
+        from dqtrain.synthesize import synthesize
+
+        synthesize(model_directory(args.teacher), args.out, args.documents, args.tokens, args.seed, args.batch, Phase(f"writing {args.out}"))
+        return 0
     if args.command == "inspect":
         from dqtrain.inspect import inspect
 
@@ -190,18 +233,28 @@ def _main(argv: Sequence[str] | None) -> int:
     return _generate(args.model, args.prompt, args.tokens)
 
 
-def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sample: int | None) -> int:
+def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sample: int | None, like: Path | None) -> int:
     """Score a run's chosen checkpoint, a model directory or an artifact; prints one JSON object."""
     from dqtrain.artifact.load import load_any
-    from dqtrain.build import evaluation_stream
+    from dqtrain.build import evaluation_stream, writing_of
+    from dqtrain.data.prepare import load_tokenizer
     from dqtrain.evaluate import evaluate
     from dqtrain.models import LanguageModel
     from dqtrain.world import init_world
 
     world = init_world()
+    run = RunDir(path)
+    config = load_config(like) if like else run.load_config() if run.config.is_file() else None
     model = load_any(path)
-    stream = evaluation_stream(path, model, split, data, tokens_per_sample)
-    print(json.dumps(evaluate(LanguageModel(model).to(world.device), stream, 8, world).as_dict()))
+    stream = evaluation_stream(path, model, split, data, tokens_per_sample, config)
+    language_model = LanguageModel(model).to(world.device)
+    scores = evaluate(language_model, stream, 8, world).as_dict()
+    if config is not None and config.eval.generation is not None:
+        writing = writing_of(config, load_tokenizer(run.student if run.config.is_file() else path), world, False)
+        assert writing is not None
+        writing.corpora[split] = tuple(data) if data else getattr(config.data, split)
+        scores |= writing.scores(model, split)
+    print(json.dumps(scores))
     return 0
 
 

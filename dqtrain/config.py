@@ -31,7 +31,14 @@ class Run(Block):
 
 class Teacher(Block):
     path: Path
-    """A Hugging Face causal-LM directory, or a finished unquantized run of dqtrain."""
+    """A Hugging Face directory of a causal or encoder-decoder model, or a finished unquantized run of dqtrain."""
+    source: Literal["online", "hidden", "sampled", "top_k"] = "online"
+    """Its word comes from the model beside the student, or from what `dqtrain cache-teacher` stored: last hidden states, sampled ids (unbiased) or the likeliest ids (biased)."""
+    draws: int = Field(50, ge=1, le=4096)
+    """Ids per token: drawn from the teacher's distribution (sampled; they repeat, about 12 differ), or the likeliest ones (top_k)."""
+
+
+Layers = Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None
 
 
 class Student(Block):
@@ -39,6 +46,10 @@ class Student(Block):
     """Keys of a Hugging Face model config, `model_type` among them: a new model with random weights (no teacher, no `init_from`)."""
     init_from: Path | None = None
     """A Hugging Face directory or a finished run whose weights (and scales) start the student; null: the teacher's weights."""
+    encoder_layers: Layers = None
+    """Encoder layers that the student keeps: their number (DQ-BART's maps of 6 layers, else spaced as far as they go), or which ones, from 0; null: all."""
+    decoder_layers: Layers = None
+    """Decoder layers that the student keeps, likewise; those of a causal model too."""
 
 
 class TrainTokenizer(Block):
@@ -46,9 +57,28 @@ class TrainTokenizer(Block):
     """Entries of the byte-level BPE tokenizer that is trained on `data.train`, the 256 bytes and the end of text included."""
 
 
+class Pairs(Block):
+    source: str = "source"
+    """Field of a jsonl line, or column of a csv file, that a model reads."""
+    target: str = "target"
+    """Field or column that it writes."""
+    template: str = "{source}"
+    """What is made of a source before it is tokenised, such as `summarize: {source}`."""
+    source_tokens: int = Field(ge=1, le=2**20)
+    """Sources are cut to this many tokens."""
+    target_tokens: int = Field(ge=1, le=2**20)
+    """Targets are cut to this many tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Pairs":
+        if self.template.count("{source}") != 1:
+            raise ValueError(f"template is `{self.template}`, but must hold {{source}} once")
+        return self
+
+
 class Data(Block):
     train: str | tuple[str, ...]
-    """Corpus files (.txt, .jsonl, any other name is text), or `builtin:python-stdlib`."""
+    """Corpus files (.txt, .jsonl, any other name is text; .jsonl and .csv for pairs), `builtin:python-stdlib` or, for pairs, `builtin:python-docstrings`."""
     validation: str | tuple[str, ...] | None = None
     """Corpus evaluated every `eval.every_steps`."""
     test: str | tuple[str, ...] | None = None
@@ -59,10 +89,23 @@ class Data(Block):
     """A tokenizer directory; null: the one beside the teacher or `student.init_from`."""
     train_tokenizer: TrainTokenizer | None = None
     """Train a tokenizer instead, into the run directory."""
-    tokens_per_sample: int = Field(ge=2, le=2**20)
-    """Tokens of one sample; documents are packed across samples."""
+    tokens_per_sample: int | None = Field(None, ge=2, le=2**20)
+    """Tokens of one sample of text; documents are packed across samples. Needed without `pairs`, and for text alone."""
+    pairs: Pairs | None = None
+    """Samples are pairs of a source and a target, and only target tokens are predicted; null: text."""
     shards: Path | None = None
     """Folder of the token shards; null: `shards` in the run directory. Runs may share one."""
+
+    @property
+    def longest_target(self) -> int:
+        """Most tokens that a decoder or causal model reads of one sample."""
+        return self.tokens_per_sample or (self.pairs.source_tokens + self.pairs.target_tokens if self.pairs else 0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        if (self.pairs is None) == (self.tokens_per_sample is None):
+            raise ValueError("data needs tokens_per_sample for text, or pairs for sources and targets; set one of them")
+        return self
 
 
 class Train(Block):
@@ -207,6 +250,43 @@ class Quant(Block):
     """`portable` snaps every scale to a value that fp32, fp16 and bf16 all hold exactly."""
 
 
+class Logits(Block):
+    weight: float = Field(1.0, ge=0)
+    """Factor of the term; 0: not computed."""
+    divergence: Literal["cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "confidence_kl", "mse"] = "cross_entropy"
+    """Between the teacher's distribution and the student's: cross_entropy is QuantGPT's, mse (of raw logits) DQ-BART's, confidence_kl BitDistiller's."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits of both; the term is multiplied with its square. Not for mse."""
+    beta: float | None = Field(None, ge=0, le=1)
+    """jensen_shannon: the teacher's share in the mixture (null: 0.5). confidence_kl: the share of the reverse divergence (null: the teacher's mean confidence)."""
+    tokens: Literal["equal", "tsld", "entropy"] = "equal"
+    """What weighs target tokens against each other: nothing, the teacher's own loss (TSLD) or its entropy; divided by their mean over the steps before."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Logits":
+        if self.beta is not None and self.divergence not in ("jensen_shannon", "confidence_kl"):
+            raise ValueError(f"beta is {self.beta}, but {self.divergence} has none; remove it, or set divergence to jensen_shannon or confidence_kl")
+        if self.divergence == "jensen_shannon" and self.beta in (0.0, 1.0):
+            raise ValueError(f"beta is {self.beta}, where jensen_shannon is 0 for any student; use forward_kl or reverse_kl, or a beta between")
+        if self.divergence == "mse" and self.temperature != 1.0:
+            raise ValueError(f"temperature is {self.temperature}, but mse compares raw logits; remove it")
+        return self
+
+
+class Hidden(Block):
+    weight: float = Field(1.0, ge=0)
+    """Factor of the term; 0: not computed."""
+    distance: Literal["mse", "normalised_mse", "cosine"] = "mse"
+    """Between hidden states of student and teacher, summed over the embeddings and every layer of the student (DQ-BART), of encoder and decoder."""
+    last_encoder_state_by_sample: bool = False
+    """A quirk of DQ-BART's published code: the encoder's last states count once more, their mean squared errors summed over the samples of a micro-batch."""
+
+
+class Attention(Block):
+    weight: float = Field(1.0, ge=0)
+    """Factor of the mean squared error of attention probabilities, summed over the student's layers: encoder's, decoder's and cross (DQ-BART)."""
+
+
 class Contrast(Block):
     weight: float = Field(0.1, ge=0)
     """Factor of the term; 0: not computed."""
@@ -215,21 +295,69 @@ class Contrast(Block):
     momentum: float = Field(0.5, ge=0, lt=1)
     """Share of the bank's old value in a token's representation."""
     negatives: int = Field(32, ge=1)
-    """Other tokens of the sequence that each token is held against."""
+    """Other tokens that each token is held against."""
+    negatives_from: Literal["teacher", "student", "random"] = "teacher"
+    """Whose representations they are: the teacher's or the student's of other target tokens of the sequence, or the bank's of random words."""
+    bank: Literal["vocabulary", "position"] = "vocabulary"
+    """What a row of the momentum bank stands for: a word, or a position in the sequence."""
+    layer: int | None = Field(None, ge=0)
+    """Decoder layer of the student, from 0, whose output is compared with its teacher layer's; null: the last hidden states."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Contrast":
+        if self.negatives_from == "random" and self.bank == "position":
+            raise ValueError("negatives_from is random, which draws words from the bank, but bank is position; set bank to vocabulary")
+        return self
 
 
 class Distill(Block):
     task: float = Field(0.0, ge=0)
     """Factor of the cross-entropy with the corpus."""
-    logits: float = Field(0.0, ge=0)
-    """Factor of the cross-entropy with the teacher's probabilities."""
+    logits: Logits | None = None
+    """Distance from the teacher's distribution over the vocabulary; null: not computed."""
+    hidden: Hidden | None = None
+    """Distance of hidden states, through the layer map; null: not computed."""
+    attention: Attention | None = None
+    """Distance of attention probabilities, through the layer map; null: not computed."""
     contrast: Contrast | None = None
-    """Token-level contrast with the teacher's last hidden states; null: not computed."""
+    """Token-level contrast with the teacher's hidden states (QuantGPT); null: not computed."""
+    padding_counts: bool = False
+    """A quirk of DQ-BART's published code: padded positions count in the terms that compare with the teacher."""
+
+    @property
+    def teacher_terms(self) -> tuple[str, ...]:
+        """Names of the live terms that need the teacher."""
+        return tuple(name for name in ("logits", "hidden", "attention", "contrast") if (term := getattr(self, name)) is not None and term.weight > 0)
 
     @model_validator(mode="after")
     def _check(self) -> "Distill":
-        if not (self.task or self.logits or (self.contrast and self.contrast.weight)):
+        if not (self.task or self.teacher_terms):
             raise ValueError("distill has no term with a weight above 0; set distill.task or distill.logits")
+        return self
+
+
+class Generation(Block):
+    max_new_tokens: int = Field(ge=1)
+    """Longest text that is generated."""
+    min_new_tokens: int = Field(0, ge=0)
+    """Before this many tokens the end of text is not allowed."""
+    num_beams: int = Field(1, ge=1)
+    """Width of the beam search; 1: greedy."""
+    length_penalty: float = 1.0
+    """Exponent of the length that divides a beam's score."""
+    early_stopping: bool = False
+    """Whether the search ends as soon as `num_beams` texts are finished."""
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    """No n-gram of this size is generated twice; 0: allowed."""
+    validation_samples: int = Field(0, ge=0)
+    """Sources of the validation split that are generated from at each evaluation; the test split is always generated whole."""
+    dropout: bool = False
+    """A quirk of DQ-BART's published code: validation text is generated with dropout on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Generation":
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower it")
         return self
 
 
@@ -238,6 +366,8 @@ class Evaluation(Block):
     """Steps between evaluations on `data.validation`; null: one, at the last step."""
     max_samples: int | None = Field(None, ge=1)
     """At most this many validation samples (the first ones); null: all. The test split is always read whole."""
+    generation: Generation | None = None
+    """Text is generated from the sources of pairs and scored against all references of a source (ROUGE, BLEU); null: not."""
 
 
 class Checkpoint(Block):
@@ -277,9 +407,22 @@ class RunConfig(Block):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        needs_teacher = self.distill.logits > 0 or (self.distill.contrast is not None and self.distill.contrast.weight > 0)
-        if needs_teacher and self.teacher is None:
-            raise ValueError("distill.logits and distill.contrast need a teacher, but teacher is null; set teacher.path, or use distill.task alone")
+        if self.distill.teacher_terms and self.teacher is None:
+            raise ValueError(f"distill.{self.distill.teacher_terms[0]} needs a teacher, but teacher is null; set teacher.path, or use distill.task alone")
+        if self.teacher is not None and self.teacher.source != "online":
+            known = {"hidden": {"logits", "contrast"}, "sampled": {"logits"}, "top_k": {"logits"}}[self.teacher.source]
+            missing = [name for name in self.distill.teacher_terms if name not in known]
+            if missing or (self.distill.contrast is not None and self.distill.contrast.layer is not None):
+                raise ValueError(f"distill.{(missing or ['contrast.layer'])[0]} needs more than teacher.source {self.teacher.source} stores; set it to online")
+            logits = self.distill.logits
+            if self.teacher.source != "hidden" and logits and (logits.divergence not in ("cross_entropy", "forward_kl") or logits.tokens != "equal"):
+                raise ValueError(
+                    f"teacher.source {self.teacher.source} knows some ids alone, enough for distill.logits.divergence cross_entropy; set source to hidden"
+                )
+        if self.eval.generation is not None and self.data.pairs is None:
+            raise ValueError("eval.generation writes targets of sources, but data.pairs is null; set data.pairs, or eval.generation to null")
+        if self.student.architecture is not None and (self.student.encoder_layers is not None or self.student.decoder_layers is not None):
+            raise ValueError("student.encoder_layers and decoder_layers cut a model, but student.architecture makes a new one; give it its number of layers")
         if self.student.architecture is not None and (self.student.init_from or self.teacher):
             raise ValueError("student.architecture makes a new model, but teacher.path or student.init_from gives one; keep one of them")
         if self.student.architecture is None and self.student.init_from is None and self.teacher is None:

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dqtrain.config import Train, Zero
+from dqtrain.data.stream import Batch
 from dqtrain.distill.objective import Objective
 from dqtrain.errors import ConfigError
-from dqtrain.models import LanguageModel
+from dqtrain.models import Inputs, LanguageModel, Outputs, Taught
 from dqtrain.quant.diagnose import effective_rank, mean_cosine, weight_statistics
 from dqtrain.quant.modules import has_unit_of_weights, is_learned_scale, quantized_parameters
 from dqtrain.quant.pack import pack, unpack
@@ -59,9 +60,9 @@ def start(world: World, timeout_s: int = 1800) -> None:
         raise ConfigError(f"WORLD_SIZE is {world.world_size}, but {torch.distributed.get_world_size()} ranks met; start every rank with the same environment.")
 
 
-def gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+def gather(parameters: Sequence[nn.Parameter], read_only: bool = False) -> AbstractContextManager[Any]:
     """A context in which partitioned parameters are whole on every rank; what rank 0 writes to them lasts. Others are as they are. Collective."""
-    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None if read_only else 0)
 
 
 LIVE_ELEMENTS = 10**9
@@ -110,7 +111,7 @@ class TeacherEngine:
 
     def __init__(self, module: LanguageModel, train: Train, zero: Zero, world: World) -> None:
         module.requires_grad_(False).eval()
-        self.module = module
+        self.module, self.device = module, world.device
         if zero.teacher == 0:
             self._forward: Any = module.to(world.device)
             return
@@ -120,9 +121,16 @@ class TeacherEngine:
         self._forward.eval()
 
     @torch.no_grad()
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, inputs: Inputs) -> Outputs:
         """Run the module without gradient. Collective under ZeRO-3."""
-        return self._forward(*inputs)
+        return self._forward(inputs)
+
+    @contextmanager
+    def teaching(self, batch: Batch, inputs: Inputs) -> Iterator[Taught]:
+        """What the teacher says about a micro-batch; its head is whole on every rank within the context. Collective under ZeRO-3."""
+        said = self(inputs)
+        with gather(self.module.head_parameters(), read_only=True):
+            yield Taught(said, self.module.plain_head())
 
     def words(self) -> dict[str, float]:
         """How alike the word embeddings are. Collective."""
@@ -184,9 +192,10 @@ class StudentEngine:
         """Run the module. Collective under ZeRO-3."""
         return self._engine(*inputs)
 
-    def outputs(self, *inputs: Tensor) -> Any:
-        """What the student says, without its loss. Collective under ZeRO-3."""
-        return self.module.student(*inputs)
+    @property
+    def model(self) -> LanguageModel:
+        """The student without its loss, to be called by all ranks together."""
+        return self.module.student
 
     def mode(self, training: bool) -> None:
         """Dropout and the like on or off."""

@@ -2,20 +2,34 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dqtrain.data.stream import IGNORED, Stream
+from dqtrain.data.stream import IGNORED, AnyStream, Batch
+from dqtrain.distill.chunked import chunked_loss
 from dqtrain.distill.terms import task
-from dqtrain.models import Outputs
+from dqtrain.generation import Writing
+from dqtrain.models import Head, Inputs, LanguageModel, Taught, inputs_of
 from dqtrain.quant.diagnose import Homogeneity
 from dqtrain.world import World, gather_objects, sum_over_ranks
 
-Forward = Callable[[Tensor, Tensor], Outputs]
-"""(ids, is_target), both [samples, tokens] -> Outputs."""
+
+class Teacher(Protocol):
+    """Where a teacher's word comes from: a model beside the student, or a store."""
+
+    def teaching(self, batch: Batch, inputs: Inputs) -> AbstractContextManager[Taught]:
+        """What it says about a micro-batch, within a context. Collective."""
+        ...
+
+    def words(self) -> dict[str, float]:
+        """How alike its word embeddings are, if it knows them. Collective."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,13 +51,46 @@ class Scores:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@dataclass
+class Evaluation:
+    """What a student is examined on: held-out samples, a teacher to compare with, and text of its own."""
+
+    validation: AnyStream | None
+    test: AnyStream | None
+    teacher: Teacher | None  # None too where what it says is stored, for the training split alone
+    writing: Writing | None
+    micro_batch: int
+    max_samples: int | None  # of validation
+    world: World
+    teacher_is_known: bool = False
+
+    def validate(self, student: LanguageModel) -> dict[str, float]:
+        """Scores on the validation split; the teacher's are in the first ones alone, for they stay what they are. Collective."""
+        assert self.validation is not None
+        teacher, self.teacher_is_known = None if self.teacher_is_known else self.teacher, True
+        scores = evaluate(student, self.validation, self.micro_batch, self.world, teacher, self.max_samples).as_dict()
+        if self.writing and self.writing.settings.validation_samples:
+            student.train(self.writing.settings.dropout)
+            scores |= self.writing.scores(student.model, "validation", self.writing.settings.validation_samples)
+        return scores
+
+    def final(self, student: LanguageModel, texts: Path, phase: Callable[[str], Callable[[int, int], None]]) -> dict[str, float] | None:
+        """Scores on the whole test split, if there is one; what the student wrote is left in `texts`. `phase(name)` gives a `progress`. Collective."""
+        if self.test is None:
+            return None
+        scores = evaluate(student, self.test, self.micro_batch, self.world, self.teacher, progress=phase("testing")).as_dict()
+        if self.writing:
+            scores |= self.writing.scores(student.model, "test", out=texts, progress=phase("writing text for the test sources"))
+        return scores
+
+
 @torch.no_grad()
 def evaluate(
-    student: Forward,
-    stream: Stream,
+    student: LanguageModel,
+    stream: AnyStream,
     micro_batch: int,
     world: World,
-    teacher: Forward | None = None,
+    teacher: Teacher | None = None,
     max_samples: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
@@ -59,20 +106,19 @@ def evaluate(
     for index in range(rounds):
         first = (index * world.world_size + world.rank) * micro_batch
         batch = stream.batch(np.arange(first, min(first + micro_batch, num_samples)) if first < num_samples else np.zeros(1, dtype=np.int64))
-        ids, labels = torch.from_numpy(batch.input_ids).to(world.device), torch.from_numpy(batch.labels).to(world.device)
         if first >= num_samples:
-            labels = torch.full_like(labels, IGNORED)
-        is_target = labels != IGNORED
-        outputs = {"student": student(ids, is_target)}
-        if teacher is not None:
-            outputs["teacher"] = teacher(ids, is_target)
-        for who, output in outputs.items():
-            alike.setdefault(who, Homogeneity(output.hidden.shape[-1], world.device)).add(output.hidden[is_target])
-        said = outputs["student"].logits
-        sums[:2] += task(said, labels[is_target]).double().sum().item(), int(is_target.sum())
-        if teacher is not None:
-            taught = outputs["teacher"].logits
-            sums[2:] += task(taught, labels[is_target]).double().sum().item(), int((taught.argmax(-1) == said.argmax(-1)).sum())
+            batch.labels.fill(IGNORED)
+        inputs, labels = inputs_of(batch, world.device)
+        hidden = {"student": student(inputs).hidden[inputs.is_target]}
+        with teacher.teaching(batch, inputs) if teacher else nullcontext() as taught:
+            if taught is not None and taught.outputs is not None:
+                hidden["teacher"] = taught.outputs.hidden[inputs.is_target]
+            parts = _compare(student, hidden["student"], hidden.get("teacher"), taught.head if taught else None, labels[inputs.is_target])
+        for who, states in hidden.items():
+            alike.setdefault(who, Homogeneity(states.shape[-1], world.device)).add(states)
+        sums[:2] += parts["nats"].item(), int(inputs.is_target.sum())
+        if "teacher_nats" in parts:
+            sums[2:] += parts["teacher_nats"].item(), parts["agreeing"].item()
         if progress:
             progress(index + 1, rounds)
     nats, tokens, teacher_nats, agreeing = np.sum(gather_objects(sums), axis=0).tolist()
@@ -82,7 +128,7 @@ def evaluate(
             sum_over_ranks(tensor)
     own = alike["student"]
     scores = Scores(loss, math.exp(min(loss, 700.0)), int(tokens), own.mean_cosine, own.effective_rank)
-    if teacher is None:
+    if "teacher" not in alike:
         return scores
     other = alike["teacher"]
     return replace(
@@ -92,3 +138,15 @@ def evaluate(
         teacher_hidden_cosine=other.mean_cosine,
         teacher_hidden_rank=other.effective_rank,
     )
+
+
+def _compare(student: LanguageModel, hidden: Tensor, teacher_hidden: Tensor | None, teacher: Head | None, labels: Tensor) -> dict[str, Tensor]:
+    """Sums over the target tokens of a batch, in fp64: nats, teacher_nats, agreeing."""
+
+    def compare(said: Tensor, taught: Tensor | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sums = {"nats": task(said, labels).double().sum()}
+        if taught is not None:
+            sums |= {"teacher_nats": task(taught, labels).double().sum(), "agreeing": (taught.argmax(-1) == said.argmax(-1)).double().sum()}
+        return said.new_zeros(()), sums
+
+    return student.through_head(hidden, lambda x, own: chunked_loss(x, own, teacher_hidden, teacher, [labels], compare))[1]

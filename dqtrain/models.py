@@ -1,57 +1,194 @@
-"""Teacher in, student out: causal language models of transformers, seen as hidden states and a head.
+"""Teacher in, student cut from it: language models of transformers, seen as hidden states and a head.
 
-A model here is a transformers class, unforked. `LanguageModel` splits its forward in two, so that the head is applied
-to target positions alone, and `load_model` refuses what is not a causal language model.
+A model here is a transformers class, unforked: a causal model, or an encoder and a decoder. `LanguageModel` splits its forward in
+two, so that the head is applied inside the loss (`distill/chunked.py`), and `load_model` refuses what cannot be split so.
 """
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from dqtrain.config import Data
+from dqtrain.data.stream import IGNORED, Batch
 from dqtrain.errors import ConfigError, DataError
 from dqtrain.quant.activation import padding_of
+from dqtrain.quant.attention import show_attention
+from dqtrain.quant.modules import set_own_class
 
 logging.disable_progress_bar()  # a bar per loaded model would break the run's own
 
 
-class Outputs(NamedTuple):  # a tuple, because DeepSpeed looks for tensors in tuples, lists and dicts alone
-    """What a model says about a micro-batch."""
+class Inputs(NamedTuple):
+    """What a model reads of a micro-batch. The decoder is all there is of a causal model."""
 
-    hidden: Tensor  # [samples, tokens, width], after the last norm
-    logits: Tensor  # [target tokens, vocabulary], row-major over the target positions
+    ids: Tensor  # [samples, tokens], of the decoder
+    is_target: Tensor  # bool, as ids: where a word is predicted
+    source_ids: Tensor | None = None  # [samples, source tokens], of the encoder
+    source_is_real: Tensor | None = None  # bool, as source_ids: no padding
+
+    @property
+    def is_real(self) -> Tensor:
+        """Which positions of the decoder are no padding, which is on the right, behind the last target: bool [samples, tokens]."""
+        return self.is_target.flip(1).cummax(1).values.flip(1)
+
+
+def inputs_of(batch: Batch, device: torch.device) -> tuple[Inputs, Tensor]:
+    """A batch on a device: (Inputs, labels [samples, tokens], -100 where there is no target)."""
+    ids, labels = torch.from_numpy(batch.input_ids).to(device), torch.from_numpy(batch.labels).to(device)
+    if batch.source_ids is None or batch.source_is_real is None:
+        return Inputs(ids, labels != IGNORED), labels
+    return Inputs(ids, labels != IGNORED, torch.from_numpy(batch.source_ids).to(device), torch.from_numpy(batch.source_is_real).to(device)), labels
+
+
+class Layers(NamedTuple):  # a tuple, as all below, because DeepSpeed looks for tensors in tuples, lists and dicts alone
+    """What the layers of an encoder or a decoder give; nothing unless it was asked for."""
+
+    states: tuple[Tensor, ...] = ()  # the embeddings, then each layer's output, the last one after the last norm: [samples, tokens, width]
+    attentions: tuple[Tensor, ...] = ()  # probabilities of each layer, before dropout: [samples, heads, tokens, keys]
+    cross: tuple[Tensor, ...] = ()  # those of the decoder's attention to the encoder
+
+
+class Outputs(NamedTuple):
+    """What a model says about a micro-batch, but for its head."""
+
+    hidden: Tensor  # [samples, tokens, width] of the decoder, after the last norm, as the head reads them
+    decoder: Layers = Layers()
+    encoder: Layers = Layers()
+
+
+class Head(NamedTuple):
+    """logits = softcap * tanh((hidden W' + bias) / softcap), the tanh only where there is a softcap."""
+
+    weight: Tensor  # [vocabulary, width]
+    bias: Tensor | None = None  # [vocabulary]: GPT-J's, BART's final_logits_bias
+    softcap: float | None = None  # Gemma 2's final_logit_softcapping
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Hidden states [n, width] -> [n, vocabulary], at least fp32; under autocast the product alone is in its dtype. Written to `out`, they have no gradient."""
+        device = hidden.device.type
+        head = self.cast(device)
+        hidden = hidden.to(head.weight.dtype)
+        with torch.autocast(device, enabled=False):
+            if out is None:
+                logits = functional.linear(hidden, head.weight).to(torch.promote_types(head.weight.dtype, torch.float32))
+            elif out.dtype == head.weight.dtype:
+                logits = torch.mm(hidden, head.weight.T, out=out)
+            else:
+                logits = out.copy_(hidden @ head.weight.T)
+            if self.bias is not None:
+                logits.add_(self.bias)
+            if self.softcap is None:
+                return logits
+            return (logits / self.softcap).tanh() * self.softcap if out is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def cast(self, device: str) -> "Head":
+        """The same head with its weight in the dtype that it computes in: autocast's, where that is on and the weight is no double."""
+        if not torch.is_autocast_enabled(device) or self.weight.dtype == torch.float64:
+            return self
+        return self._replace(weight=self.weight.to(torch.get_autocast_dtype(device)))
+
+
+class Taught(NamedTuple):
+    """What a teacher says about a micro-batch: its outputs with its head, or words that were drawn from its distributions."""
+
+    outputs: Outputs | None = None
+    head: Head | None = None
+    ids: Tensor | None = None  # [target tokens, draws], int64
+    shares: Tensor | None = None  # [target tokens, draws]: of the probability of the ids
+
+
+class HeadLinear(nn.Linear):
+    """A head that hands what it would multiply to a function instead: the (fake-quantized) weight exists inside its forward alone."""
+
+    def forward(self, hidden: Tensor, then: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None) -> Any:
+        """Logits, or `then(hidden, weight, bias)`."""
+        return super().forward(hidden) if then is None else then(hidden, self.weight, self.bias)
 
 
 class LanguageModel(nn.Module):
-    """A transformers causal model, its head applied at target positions only.
+    """A transformers model as hidden states and a head.
 
-    Samples are padded on the right, where causal attention never looks, so no attention mask is needed. Quantizers of activations
-    that share a scale between tokens are told what is padded.
+    Decoders are padded on the right, where causal attention never looks, so that they need no attention mask; encoders get one. Quantizers of
+    activations that share a scale between tokens are told what is padded. With `states` and `attentions` it gives those of every layer too.
     """
 
-    def __init__(self, model: PreTrainedModel, precision: str = "fp32") -> None:
+    def __init__(self, model: PreTrainedModel, precision: str = "fp32", states: bool = False, attentions: bool = False) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
+        self.wanted = {"output_hidden_states": states, "output_attentions": attentions}
+        if attentions:
+            show_attention(model)
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Linear) and not isinstance(head, HeadLinear):
+            set_own_class(head, HeadLinear)
 
-    def forward(self, input_ids: Tensor, is_target: Tensor) -> Outputs:
-        """Token ids [samples, tokens] and a mask of the same shape -> Outputs; logits in fp32."""
+    def forward(self, inputs: Inputs) -> Outputs:
+        """Inputs -> Outputs, hidden states in fp32."""
+        model: Any = self.model
         # Autocast sits inside the module: DeepSpeed switches an outer one off (measured).
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            with padding_of(self.model, is_target):  # every real position has a target here
-                hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            logits = self.model.get_output_embeddings()(hidden[is_target])
-        return Outputs(hidden.float(), logits.float())
+        with self._autocast(inputs.ids):
+            if inputs.source_ids is None:
+                with padding_of(model, inputs.is_real):
+                    said = model.base_model(input_ids=inputs.ids, use_cache=False, **self.wanted)
+                return self._outputs(said)
+            mask = inputs.source_is_real
+            read = model.get_encoder()(input_ids=inputs.source_ids, attention_mask=mask, **self.wanted)
+            decoder, states = model.get_decoder(), read.last_hidden_state
+            with padding_of(decoder, inputs.is_real):
+                said = decoder(input_ids=inputs.ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False, **self.wanted)
+            return self._outputs(said, read)
+
+    def through_head(self, hidden: Tensor, then: Callable[[Tensor, Head], Any]) -> Any:
+        """`then(hidden, head)`: hidden states [n, width], quantized if the head's input is, and the head, whole and fake-quantized. Collective under ZeRO-3."""
+        model: Any = self.model
+        with self._autocast(hidden):
+            return model.get_output_embeddings()(hidden, then=lambda x, weight, bias: then(x, self._head(weight, bias)))
+
+    def plain_head(self) -> Head:
+        """The head of a model that is not quantized, as far as its weight is whole."""
+        layer: Any = self.model.get_output_embeddings()
+        return self._head(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `plain_head` is made of."""
+        layer: Any = self.model.get_output_embeddings()
+        return list(layer.parameters(recurse=False))
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """Inputs -> logits [target tokens, vocabulary], row-major over the target positions, in fp32."""
+        return self.through_head(self(inputs).hidden[inputs.is_target], lambda hidden, head: head.logits(hidden))
+
+    def _head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        added = getattr(self.model, "final_logits_bias", None)
+        if added is not None:
+            bias = added[0] if bias is None else bias + added[0]
+        return Head(weight, bias, getattr(self.model.config, "final_logit_softcapping", None))
+
+    def _outputs(self, decoder: Any, encoder: Any = None) -> Outputs:
+        keys = ("hidden_states", "attentions", "cross_attentions")
+        layers = [Layers(*(tuple(x.float() for x in said.get(key) or ()) for key in keys)) for said in (decoder, encoder or {})]
+        hidden = decoder.last_hidden_state.float()
+        if getattr(self.model.config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+            hidden = hidden * self.model.config.d_model**-0.5
+        return Outputs(hidden, *layers)
+
+    def _autocast(self, tensor: Tensor) -> torch.autocast:
+        return torch.autocast(tensor.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def read_model_config(folder: Path) -> PretrainedConfig:
-    """The config of a causal language model's directory. Raises ConfigError for anything else."""
+    """The config of a language model's directory. Raises ConfigError for anything else."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json there. Give a directory written by transformers' save_pretrained, or a finished unquantized run.")
     try:
@@ -59,20 +196,25 @@ def read_model_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}/config.json: transformers cannot read it ({error}). Save the model again with save_pretrained.") from None
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    names = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known: Any = names.get(config.model_type)
     expected = (known,) if isinstance(known, str) else tuple(known or ())
     architectures = written.get("architectures") or list(expected)
-    if config.is_encoder_decoder or not set(architectures) & set(expected):
-        wanted = f", which for {config.model_type} is {' or '.join(expected)}" if expected and not config.is_encoder_decoder else ""
-        raise ConfigError(f"{folder}: holds {', '.join(architectures)}, but a causal language model is needed{wanted}. Give another directory.")
+    if not set(architectures) & set(expected):
+        wanted = f", which for {config.model_type} is {' or '.join(expected)}" if expected else ""
+        raise ConfigError(f"{folder}: holds {', '.join(architectures)}, but a language model is needed{wanted}. Give another directory.")
     return config
+
+
+def _class_of(config: PretrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_model(folder: Path) -> PreTrainedModel:
     """Weights and config of a directory, in fp32, in eval mode. Raises ConfigError."""
-    read_model_config(folder)
+    config = read_model_config(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        loaded: Any = _class_of(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: transformers cannot load it ({error}). Save the model again with save_pretrained.") from None
     model, report = loaded
@@ -85,49 +227,148 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def new_model(architecture: dict[str, Any], vocab_size: int, eos_token_id: int, seed: int) -> PreTrainedModel:
-    """A model with random weights drawn from `seed`, from the keys of a transformers config. Raises ConfigError for an unknown key."""
-    keys = {**architecture, "vocab_size": architecture.get("vocab_size", vocab_size), "bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    """A model with random weights drawn from `seed`, from the keys of a transformers config. Raises ConfigError for an unknown key.
+
+    Ids of special tokens that `architecture` does not give are all `eos_token_id`.
+    """
     try:
-        config = AutoConfig.for_model(**keys)
+        defaults = AutoConfig.for_model(architecture["model_type"])
+        special = ["bos_token_id", "eos_token_id"]
+        if defaults.is_encoder_decoder:
+            special += ["pad_token_id", "decoder_start_token_id"] + ["forced_eos_token_id"] * (getattr(defaults, "forced_eos_token_id", None) is not None)
+        config = AutoConfig.for_model(**{"vocab_size": vocab_size, **dict.fromkeys(special, eos_token_id), **architecture})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"student.architecture: {error}. Use the keys of that model's transformers config.") from None
-    defaults = AutoConfig.for_model(keys["model_type"])
     unknown = [key for key in architecture if not hasattr(defaults, key)]
     if unknown:
         raise ConfigError(f"student.architecture.{unknown[0]}: {type(config).__name__} has no such key. Use the keys of that config.")
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = _class_of(config).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
-        raise ConfigError(f"student.architecture: {type(config).__name__} makes no causal language model of these values ({error}). Mend them.") from None
+        raise ConfigError(f"student.architecture: {type(config).__name__} makes no language model of these values ({error}). Mend them.") from None
     return _checked(model, "student.architecture")
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
     """The model of a directory's config, weights to be filled in by the caller."""
-    return _checked(AutoModelForCausalLM.from_config(read_model_config(folder), dtype=torch.float32), str(folder))
+    config = read_model_config(folder)
+    return _checked(_class_of(config).from_config(config, dtype=torch.float32), str(folder))
 
 
+@torch.no_grad()
 def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Refuse a model whose logits are not head(last hidden states), whose losses would be of another function, and one that sees what comes after."""
     model.eval()
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ConfigError(f"{name}: the head of {type(model).__name__} is no linear layer; this family is not supported.")
     ids = torch.arange(4)[None] % model.config.vocab_size
-    with torch.no_grad():
-        ours = LanguageModel(model)(ids, torch.ones_like(ids, dtype=torch.bool)).logits
-        theirs = model(input_ids=ids, use_cache=False).logits[0]
-        changed = model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], 1), use_cache=False).logits[0]
+    everything = torch.ones_like(ids, dtype=torch.bool)
+
+    source = (ids, everything) if model.config.is_encoder_decoder else ()
+
+    def logits(read: Tensor) -> Tensor:
+        return model(**({"input_ids": ids, "decoder_input_ids": read} if source else {"input_ids": read}), use_cache=False).logits[0]
+
+    ours = LanguageModel(model).logits(Inputs(ids, everything, *source))
+    theirs, changed = logits(ids), logits(torch.cat([ids[:, :-1], ids[:, :1]], 1))
     if not torch.allclose(changed[:-1], theirs[:-1], rtol=1e-5, atol=1e-5, equal_nan=True):
-        raise ConfigError(f"{name}: {type(model).__name__} looks at later tokens, but a causal language model is needed. Give another directory.")
+        raise ConfigError(f"{name}: {type(model).__name__} looks at later tokens, but a language model must not. Give another directory.")
     if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True):
         raise ConfigError(f"{name}: {type(model).__name__} does more than apply its head to the last hidden states; this family is not supported.")
     return model
 
 
-def check_length(config: PretrainedConfig, tokens_per_sample: int, name: str) -> None:
-    """Raise ConfigError when samples are longer than the model's positions."""
+class LayerMaps(NamedTuple):
+    """Teacher layer, from 0, of each layer of the student."""
+
+    decoder: tuple[int, ...]
+    encoder: tuple[int, ...] = ()
+
+
+DQ_BART_MAPS = {1: (5,), 2: (0, 5), 3: (0, 2, 5), 4: (0, 2, 3, 5), 5: (0, 1, 3, 4, 5)}
+"""Layers kept of 6 (DQ-BART, Li et al., ACL 2022; its code's distill_mappings)."""
+
+
+def layer_map(kept: int | tuple[int, ...] | None, num_layers: int, key: str) -> tuple[int, ...]:
+    """Which of so many layers a student keeps, ascending: `kept` itself, or so many, spaced as far as they go (DQ-BART's choice of 6).
+
+    Raises ConfigError, naming the config's `key`, for layers that are not there, and layers out of order.
+    """
+    if kept is None:
+        return tuple(range(num_layers))
+    if isinstance(kept, tuple):
+        if list(kept) != sorted(set(kept)) or kept[-1] >= num_layers:
+            raise ConfigError(f"{key} is {list(kept)}, but must be ascending layers from 0 to {num_layers - 1}, each once.")
+        return kept
+    if kept > num_layers:
+        raise ConfigError(f"{key} is {kept}, but there are {num_layers} layers to keep; give {num_layers} or less.")
+    if kept == 1:
+        return (num_layers - 1,)
+    if num_layers == 6 and kept in DQ_BART_MAPS:
+        return DQ_BART_MAPS[kept]
+    return tuple(round(i * (num_layers - 1) / (kept - 1)) for i in range(kept))
+
+
+def all_layers(config: PretrainedConfig) -> LayerMaps:
+    """Every layer of a model: the identity maps."""
+    return LayerMaps(*(tuple(range(getattr(config, names[0]))) for names in _stacks(config)))
+
+
+def _stacks(config: PretrainedConfig) -> list[tuple[str, ...]]:
+    """Keys of the config that hold the number of layers, of the decoder and, if there is one, of the encoder."""
+    if not config.is_encoder_decoder:
+        return [("num_hidden_layers",)]
+    if hasattr(config, "decoder_layers"):
+        return [("decoder_layers",), ("encoder_layers", "num_hidden_layers")]
+    return [("num_decoder_layers",), ("num_layers",)]
+
+
+def cut(model: PreTrainedModel, maps: LayerMaps) -> PreTrainedModel:
+    """A model of the layers that `maps` names, all other weights copied (DQ-BART, section 3.3)."""
+    config = copy.deepcopy(model.config)
+    for names, kept in zip(_stacks(config), maps, strict=False):
+        for name in names:
+            setattr(config, name, len(kept))
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in maps.decoder]
+    student = _class_of(config).from_config(config, dtype=torch.float32)
+    weights = model.state_dict()
+    chosen = {}
+    for side, kept in zip((model.get_decoder(), model.get_encoder() if maps.encoder else None), maps, strict=False):
+        if side is None:
+            continue
+        prefix = next(name for name, module in model.named_modules() if module is side)
+        blocks = next(name for name, module in side.named_modules() if isinstance(module, nn.ModuleList))
+        chosen[f"{prefix}.{blocks}." if prefix else f"{blocks}."] = kept
+
+    def source(name: str) -> str:
+        for prefix, kept in chosen.items():
+            if name.startswith(prefix):
+                index, rest = name[len(prefix) :].split(".", 1)
+                moved = f"{prefix}{kept[int(index)]}.{rest}"
+                return moved if moved in weights else name  # T5's relative bias is in its first block alone
+        return name
+
+    student.load_state_dict({name: weights[source(name)] for name in student.state_dict()})
+    student.generation_config = model.generation_config
+    return student.eval()
+
+
+def check_length(config: PretrainedConfig, data: Data, name: str) -> None:
+    """Raise ConfigError when samples are longer than the model's positions, or are text where an encoder wants a source."""
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and tokens_per_sample > longest:
-        raise ConfigError(f"data.tokens_per_sample is {tokens_per_sample}, but {name} has {longest} positions; set it to {longest} or less.")
+    if data.pairs is None and config.is_encoder_decoder:
+        raise ConfigError(f"{name} has an encoder and a decoder, which read sources and write targets, but data.pairs is null; say there where they are.")
+    if data.pairs is None:
+        asked = {"data.tokens_per_sample": data.tokens_per_sample}
+    elif config.is_encoder_decoder:
+        asked = {"data.pairs.source_tokens": data.pairs.source_tokens, "data.pairs.target_tokens": data.pairs.target_tokens}
+    else:
+        asked = {"data.pairs.source_tokens + target_tokens": data.pairs.source_tokens + data.pairs.target_tokens}
+    for key, tokens in asked.items():
+        if longest is not None and tokens is not None and tokens > longest:
+            raise ConfigError(f"{key} is {tokens}, but {name} has {longest} positions; set it to {longest} or less.")
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, name: str, tokenizer: Path) -> None:

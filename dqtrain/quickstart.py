@@ -22,7 +22,7 @@ PROMPT = "    if not isinstance("
 SCALES: dict[str, Any] = {"minmax": "minmax", "mean_abs": "mean43", "mse": "dynamic"}
 """Rules of the scales that weights get when they are rounded without training."""
 AGAIN = "`make quickstart` (or `dqtrain quickstart`) goes on from here."
-TASK_ONLY = ("distill.task=1.0", "distill.logits=0.0", "distill.contrast=null")
+TASK_ONLY = ("distill.task=1.0", "distill.logits=null", "distill.contrast=null")
 
 
 def _configs(seed: int) -> dict[str, RunConfig]:
@@ -94,7 +94,7 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
     assert config.teacher is not None and config.quant is not None
     world = init_world()
     teacher = load_any(model_directory(config.teacher.path))
-    stream = evaluation_stream(run.path, teacher, "test", None, None)
+    stream = evaluation_stream(run.path, teacher, "test", None, None, config)
     found = {"unigram entropy": unigram_entropy(stream)}
     for kind, grid in SCALES.items():
         model = load_model(model_directory(config.teacher.path))

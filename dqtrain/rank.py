@@ -6,8 +6,9 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from typing import Literal
 
-from dqtrain.build import build
+from dqtrain.build import build, cache_teacher
 from dqtrain.config import RunConfig
 from dqtrain.engine import start
 from dqtrain.errors import CheckpointError, ConfigError, Stopped, UserError
@@ -16,8 +17,8 @@ from dqtrain.rundir import HEARTBEAT_S, RunDir
 from dqtrain.world import init_world
 
 
-def run_rank(config: RunConfig) -> int:
-    """Train, test, export; never returns, but exits with the code. The cause of a failure is on disk before, since launchers hide codes."""
+def run_rank(config: RunConfig, job: Literal["train", "cache-teacher"] = "train") -> int:
+    """Train, test, export, or store the teacher's words; never returns, but exits with the code. The cause of a failure is on disk before, since launchers hide codes."""
     threading.excepthook = _thread_failed
     world, run = init_world(), RunDir(config.run.dir)
     code, message, trainer = 0, "", None
@@ -30,9 +31,12 @@ def run_rank(config: RunConfig) -> int:
             threading.Thread(target=_beat, args=(run,), daemon=True).start()
         start(world)
         owned = True  # rank 0 joins only as the owner
-        trainer = build(config, run, world)
-        trainer.train()
-        trainer.finish()
+        if job == "cache-teacher":
+            cache_teacher(config, run, world)
+        else:
+            trainer = build(config, run, world)
+            trainer.train()
+            trainer.finish()
     except (UserError, Stopped) as error:
         code, message = error.exit_code, str(error)
     except OSError as error:

@@ -96,6 +96,11 @@ class RunDir:
         return self.path / "result.json"
 
     @property
+    def predictions(self) -> Path:
+        """What the student wrote for the sources of the test split, one JSON line each."""
+        return self.path / "predictions.jsonl"
+
+    @property
     def student(self) -> Path:
         """Folder of all that makes the student's model but its weights: config, generation config, tokenizer."""
         return self.path / "student"

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,12 +13,13 @@ import xxhash
 from dqtrain import checkpoint
 from dqtrain.artifact.export import export
 from dqtrain.config import RunConfig, Train
-from dqtrain.data.stream import IGNORED, Batch, Stream
-from dqtrain.engine import StudentEngine, TeacherEngine
+from dqtrain.data.stream import IGNORED, AnyStream, Batch
+from dqtrain.engine import StudentEngine
 from dqtrain.errors import CheckpointError, NumericsError, Stopped
-from dqtrain.evaluate import evaluate
+from dqtrain.evaluate import Evaluation, Teacher
 from dqtrain.files import write_text
 from dqtrain.metrics import Metrics
+from dqtrain.models import inputs_of
 from dqtrain.quant.modules import check_all_ran
 from dqtrain.rundir import RunDir
 from dqtrain.signals import StopRequest, stop_at_once
@@ -47,15 +49,13 @@ class Trainer:
     run: RunDir
     world: World
     student: StudentEngine
-    teacher: TeacherEngine | None
-    stream: Stream
-    validation: Stream | None
-    test: Stream | None
+    teacher: Teacher | None
+    stream: AnyStream
+    evaluation: Evaluation
     metrics: Metrics
     step: int = 0
     best: dict[str, Any] | None = None  # {"step", "loss"} of the lowest validation loss
     saved_step: int | None = None
-    validated: bool = False
 
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
@@ -70,8 +70,8 @@ class Trainer:
                 raise Stopped(f"stopped after step {self.step} of {self.config.train.steps}; saved. `dqtrain resume {self.run.path}` continues.")
             self.one_step(batches, num_tokens)
             if self.due(self.config.log.every_steps):
-                self.metrics.log(self.step, self.step * self.config.train.global_batch * self.config.data.tokens_per_sample, **self.student.learning_rates())
-            if self.validation and self.due(self.config.eval.every_steps):
+                self.metrics.log(self.step, round(self.step * self.config.train.global_batch * self.stream.mean_tokens), **self.student.learning_rates())
+            if self.evaluation.validation and self.due(self.config.eval.every_steps):
                 self.validate()
             if self.due(self.config.checkpoint.every_steps):
                 self.save()
@@ -104,11 +104,10 @@ class Trainer:
         """Forward and backward of every micro-batch, then one update. Collective."""
         self.student.mode(training=True)
         for index, batch in batches:
-            ids = torch.from_numpy(batch.input_ids).to(self.world.device)
-            labels = torch.from_numpy(batch.labels).to(self.world.device)
-            taught = self.teacher(ids, labels != IGNORED) if self.teacher else None
-            seed_micro_batch(self.config.run.seed, self.step, index)
-            loss = self.student(ids, labels, taught)
+            inputs, labels = inputs_of(batch, self.world.device)
+            with self.teacher.teaching(batch, inputs) if self.teacher else nullcontext() as taught:
+                seed_micro_batch(self.config.run.seed, self.step, index)
+                loss = self.student(inputs, labels, taught)
             # The engine averages gradients over ranks; the loss is the sum over ranks divided by the global number of target tokens.
             self.student.backward(loss.total * self.world.world_size / num_tokens)
             for name, value in {"loss": loss.total.detach(), **loss.parts}.items():
@@ -127,14 +126,13 @@ class Trainer:
 
     def validate(self) -> None:
         """Score the validation split, log it, and keep the checkpoint if it is the best so far. Collective."""
-        assert self.validation is not None
         self.student.mode(training=False)
-        teacher, self.validated = None if self.validated else self.teacher, True  # its figures stay what they are
-        scores = evaluate(self.student.outputs, self.validation, self.config.train.micro_batch, self.world, teacher, self.config.eval.max_samples)
-        self.metrics.log_scores(self.step, validation_loss=scores.loss, validation_perplexity=scores.perplexity)
-        self.metrics.show(self.step, {name: value for name, value in scores.as_dict().items() if "hidden" in name})
-        if self.best is None or scores.loss < self.best["loss"]:
-            self.best = {"step": self.step, "loss": scores.loss}
+        scores = self.evaluation.validate(self.student.model)
+        shown = {name: value for name, value in scores.items() if "hidden" in name or "teacher" in name or name in ("agreement", "num_tokens")}
+        self.metrics.log_scores(self.step, **{f"validation_{name}": value for name, value in scores.items() if name not in shown})
+        self.metrics.show(self.step, shown)
+        if self.best is None or scores["loss"] < self.best["loss"]:
+            self.best = {"step": self.step, "loss": scores["loss"]}
             if self.config.export.checkpoint == "best" and not self.due(self.config.checkpoint.every_steps):
                 self.save()
 
@@ -175,14 +173,10 @@ class Trainer:
         if step != self.step:
             checkpoint.load(folder, self.student)
         self.student.mode(training=False)
-        scores = None
-        if self.test is not None:
-            self.metrics.say(f"testing {folder.name} on {self.test.num_samples:,} samples")
-            forward, progress = self.student.outputs, self.metrics.phase("testing")
-            scores = evaluate(forward, self.test, self.config.train.micro_batch, self.world, self.teacher, progress=progress)
+        scores = self.evaluation.final(self.student.model, self.run.predictions, self.metrics.phase)
         self.metrics.say("exporting and verifying")
         if self.world.rank == 0:
-            result = {"step": step, "test": scores.as_dict() if scores else None, "export": export(self.run, folder)}
+            result = {"step": step, "test": scores, "export": export(self.run, folder)}
             write_text(self.run.result, json.dumps(result, indent=1))
         barrier()
 

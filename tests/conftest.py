@@ -55,7 +55,7 @@ def config_text(world: Path, run: Path, **changes: str) -> str:
         "zero": "{student: 3, teacher: 3}",
         "quant": "{linears: {bits: 2, granularity: per_tensor}, embeddings: {bits: 2, granularity: per_row}, "
         "positions: {bits: 8, granularity: per_row}, activations: {bits: 8}}",
-        "distill": "{logits: 1.0, contrast: {weight: 0.1, negatives: 4}}",
+        "distill": "{logits: {weight: 1.0}, contrast: {weight: 0.1, negatives: 4}}",
         "eval": "{every_steps: 4}",
         "checkpoint": "{every_steps: 3}",
         "log": "{every_steps: 2}",

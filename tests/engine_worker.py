@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from dqtrain import checkpoint, engine
-from dqtrain.config import ActivationQuant, Contrast, Distill, Quant, Train, WeightQuant, Zero
+from dqtrain.config import ActivationQuant, Attention, Contrast, Distill, Hidden, Logits, Quant, Train, WeightQuant, Zero
 from dqtrain.data.stream import IGNORED
-from dqtrain.distill.objective import Objective
+from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models import LanguageModel
+from dqtrain.models import Inputs, LanguageModel, LayerMaps, all_layers, cut, layer_map
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import initialise_scales, is_learned_scale, quantize_model
 from dqtrain.trainer import seed_micro_batch
@@ -37,32 +37,53 @@ NUM_TARGETS = [[24, 9, 0, 15], [0, 24, 0, 13], [5, 1, 24, 0]]
 FACTORS = [1.0, 0.5, 0.25]
 """Step -> share of the peak learning rate."""
 # As many negatives as there are other tokens: nothing is drawn, and the reference may join the micro-batches into one.
-DISTILL = Distill(task=0.5, logits=1.0, contrast=Contrast(weight=0.1, negatives=TOKENS - 1))
+DISTILL = Distill(task=0.5, logits=Logits(), contrast=Contrast(weight=0.1, negatives=TOKENS - 1))
+LAYERS = Distill(
+    task=0.5,
+    logits=Logits(weight=0.7, divergence="jensen_shannon", temperature=1.5, tokens="tsld"),
+    hidden=Hidden(weight=2.0),
+    attention=Attention(weight=20.0),
+    contrast=Contrast(weight=0.1, negatives=TOKENS - 1, layer=0),
+)
 # A large eps: with the default one AdamW's first steps are signs, which turn rounding into whole steps.
 TRAIN = Train(steps=3, global_batch=8, micro_batch=2, lr=1e-2, scale_lr=5e-2, weight_decay=0.1, adam_eps=1e-2, grad_clip=0.5)
 
 
-def micro_batches(step: int) -> list[tuple[Tensor, Tensor]]:
-    """(ids, labels) of the step's micro-batches, over all ranks."""
+def micro_batches(step: int, family: str = "gpt2") -> list[tuple[Inputs, Tensor]]:
+    """(inputs, labels) of the step's micro-batches, over all ranks."""
     draw = torch.Generator().manual_seed(step)
     batches = []
     for count in NUM_TARGETS[step]:
         ids = torch.randint(VOCAB, (SAMPLES, TOKENS), generator=draw)
         labels = torch.full((SAMPLES * TOKENS,), IGNORED)
         labels[torch.randperm(len(labels), generator=draw)[:count]] = torch.randint(VOCAB, (count,), generator=draw)
-        batches.append((ids, labels.view(SAMPLES, TOKENS)))
+        labels = labels.view(SAMPLES, TOKENS)
+        source = (ids.flip(1)[:, :7], torch.arange(7) < torch.tensor([[7], [4]])) if family != "gpt2" else ()
+        batches.append((Inputs(ids, labels != IGNORED, *source), labels))
     return batches
 
 
-def float_model(seed: int, **changes: int) -> GPT2LMHeadModel:
+def float_model(seed: int, family: str = "gpt2", **changes: int) -> PreTrainedModel:
+    """GPT-2, BART or T5; of encoder-decoder models the teacher's is of 3 + 3 layers."""
     torch.manual_seed(seed)
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 2}
+    if family == "bart":
+        sizes = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 2}
+        sizes |= {"decoder_attention_heads": 2, "max_position_embeddings": 16, "dropout": 0.0, "scale_embedding": True, "init_std": 0.1}
+        return BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, **ids, **sizes))
+    if family == "t5":
+        return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **ids, d_model=32, d_ff=48, d_kv=16, num_layers=3, num_heads=2, dropout_rate=0.0))
     keys: dict[str, Any] = {"vocab_size": VOCAB, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.1}
     keys |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(**{**keys, **changes}))
 
 
-def teacher_module(precision: str = "fp32") -> LanguageModel:
-    return LanguageModel(float_model(1), precision).eval()
+def settings_of(family: str) -> Distill:
+    return DISTILL if family == "gpt2" else LAYERS
+
+
+def teacher_module(precision: str = "fp32", family: str = "gpt2") -> LanguageModel:
+    return LanguageModel(float_model(1, family), precision, **needed_outputs(settings_of(family))).eval()
 
 
 def settings(grid: str) -> Quant:
@@ -73,27 +94,44 @@ def settings(grid: str) -> Quant:
     return Quant(linears=groups, embeddings=groups, positions=positions, activations=None, vectors="bf16")
 
 
+MAPS = LayerMaps(layer_map(1, 3, ""), layer_map(2, 3, ""))
 SETTINGS = {grid: settings(grid) for grid in ("dynamic", "lsq", "affine")}
 
 
 def student_model(
-    seed: int = 2, activations: bool = False, scale: str = "per_token", grid: str = "dynamic", checkpointing: bool = False, **changes: int
-) -> GPT2LMHeadModel:
-    """2-2-8, or 2-2-float; scales of one element (linears) and of one per row (embeddings). Other grids: 4-4-8, in groups."""
-    model = float_model(seed, **changes)
+    seed: int = 2,
+    activations: bool = False,
+    scale: str = "per_token",
+    grid: str = "dynamic",
+    checkpointing: bool = False,
+    family: str = "gpt2",
+    **changes: int,
+) -> PreTrainedModel:
+    """2-2-8, or 2-2-float; scales of one element (linears) and of one per row (embeddings). Other grids: 4-4-8, in groups. Encoder-decoders: 2 + 1 layers."""
+    model = float_model(seed, family, **changes)
+    if family != "gpt2":
+        model = cut(model, MAPS)
     inputs = ActivationQuant(bits=8, scale=scale, attention=True) if activations else None  # type: ignore[arg-type]
     quantize_model(model, SETTINGS[grid].model_copy(update={"activations": inputs}))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    calibrate(model, lambda: model(micro_batches(0)[0][0]))
+    calibrate(model, lambda: model(micro_batches(0)[0][0].ids))
     torch.set_num_threads(threads)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def student_module(seed: int = 2, precision: str = "fp32", **student: Any) -> Objective:
-    return Objective(LanguageModel(student_model(seed, **student), precision), DISTILL)
+def student_module(seed: int = 2, precision: str = "fp32", family: str = "gpt2", **student: Any) -> Objective:
+    model, distill = student_model(seed, family=family, **student), settings_of(family)
+    return Objective(LanguageModel(model, precision, **needed_outputs(distill)), distill, MAPS if family != "gpt2" else all_layers(model.config))
+
+
+def state_of(objective: Objective) -> dict[str, Tensor]:
+    """What moves once per step."""
+    assert objective.contrast is not None
+    mean = {"mean": objective.token_weights.mean} if objective.token_weights is not None else {}
+    return {"bank": objective.contrast.bank, "touched": objective.contrast.touched, **mean}
 
 
 def held_whole(module: torch.nn.Module) -> list[str]:
@@ -104,28 +142,30 @@ def held_whole(module: torch.nn.Module) -> list[str]:
 class Trained:
     """Student and teacher engines, with what their steps report."""
 
-    def __init__(self, world: World, stage: int, teacher: int = 0, precision: str = "fp32", threshold: int = 0, seed: int = 2, **student: Any):
+    def __init__(
+        self, world: World, stage: int, teacher: int = 0, precision: str = "fp32", threshold: int = 0, seed: int = 2, family: str = "gpt2", **student: Any
+    ):
         zero = Zero(student=stage, teacher=teacher, persistence_threshold=threshold)  # type: ignore[arg-type]
         train = TRAIN.model_copy(update={"precision": precision})
         self.world, self.stage, self.zero = world, stage, zero
-        self.taught = teacher_module(precision)
+        self.family, self.taught = family, teacher_module(precision, family)
         self.teacher = TeacherEngine(self.taught, train, zero, world)
-        self.student = StudentEngine(student_module(seed, precision, **student), train, zero, world)
+        self.student = StudentEngine(student_module(seed, precision, family, **student), train, zero, world)
         self.terms: list[dict[str, float]] = []
         self.whole: dict[str, set[str]] = {"student": set(), "teacher": set(), "left behind": set()}
 
     def train(self, *steps: int) -> None:
         for step in steps:
             self.student.mode(training=True)
-            batches = micro_batches(step)
-            sums = {name: torch.zeros(1) for name in ("total", "task", "logits", "contrast")}
+            batches = micro_batches(step, self.family)
+            sums = {name: torch.zeros(1) for name in ("total", "task", *settings_of(self.family).teacher_terms)}
             for j in range(self.world.rank, len(batches), self.world.world_size):
-                ids, labels = batches[j]
+                inputs, labels = batches[j]
                 seed_micro_batch(1, step, j)  # the order in which negatives are drawn is the order of a sum
-                taught = self.teacher(ids, labels != IGNORED)
+                with self.teacher.teaching(None, inputs) as taught:  # type: ignore[arg-type]
+                    loss = self.student(inputs, labels, taught)
                 if self.zero.teacher == 3:
                     self.whole["teacher"].update(held_whole(self.taught))
-                loss = self.student(ids, labels, taught)
                 if self.stage == 3:
                     self.whole["student"].update(held_whole(self.student.module))
                     self.whole["left behind"].update(name for name, module in self.student.module.named_modules() if "weight" in module.__dict__)
@@ -140,13 +180,11 @@ class Trained:
 
     def outputs(self) -> dict[str, Tensor]:
         """What the student says in eval mode on one micro-batch, and its bank."""
-        ids = micro_batches(0)[0][0]
+        inputs = micro_batches(0, self.family)[0][0]
         self.student.mode(training=False)
         with torch.no_grad():
-            said = self.student.outputs(ids, torch.ones_like(ids, dtype=torch.bool))
-        contrast = self.student.module.contrast
-        assert contrast is not None
-        return {"hidden": said.hidden, "logits": said.logits, "bank": contrast.bank, "touched": contrast.touched}
+            said = {"hidden": self.student.model(inputs).hidden, "logits": self.student.model.logits(inputs)}
+        return said | state_of(self.student.module)
 
     def write_outputs(self, path: Path) -> None:
         save_file(self.outputs(), path.with_name(f"{path.name}-{self.world.rank}.safetensors"))
@@ -190,9 +228,9 @@ def teach(world: World, folder: Path, name: str, teacher: int, precision: str) -
     module = teacher_module(precision)
     forward = TeacherEngine(module, TRAIN, Zero(teacher=teacher), world)  # type: ignore[arg-type]
     found = {}
-    for j, (ids, labels) in enumerate(micro_batches(0)):
-        said = forward(ids, labels != IGNORED)
-        found |= {f"hidden-{j}": said.hidden, f"logits-{j}": said.logits}
+    for j, (inputs, _) in enumerate(micro_batches(0)):
+        with torch.no_grad(), forward.teaching(None, inputs) as taught:  # type: ignore[arg-type]
+            found |= {f"hidden-{j}": taught.outputs.hidden, f"logits-{j}": taught.head.logits(taught.outputs.hidden[inputs.is_target])}
     save_file(found, folder / f"{name}-{world.rank}.safetensors")
 
 

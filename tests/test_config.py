@@ -147,7 +147,9 @@ def test_no_knob_is_dead_and_every_knob_is_documented():
     def is_read(leaf):
         block, _, field = leaf.rpartition(".")
         owner = block.rpartition(".")[2]
-        handed_on = dict.fromkeys(("linears", "embeddings", "positions", "weights", "contrast", "distill"), ("settings",))
+        handed_on = dict.fromkeys(
+            ("linears", "embeddings", "positions", "weights", "contrast", "distill", "logits", "hidden", "teacher", "generation", "pairs"), ("settings",)
+        )
         handed_on |= {"quant": ("config",), "activations": ("inputs", "settings"), "overrides": ("override",)}
         return any((name, field) in read for name in (owner, *handed_on.get(owner, ())))
 

@@ -9,12 +9,14 @@ from transformers import PreTrainedModel
 
 from dqtrain import checkpoint
 from dqtrain.artifact.format import read_description, read_weights
-from dqtrain.config import ActivationQuant
+from dqtrain.config import ActivationQuant, Generation
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
+from dqtrain.generation import generate as write
 from dqtrain.models import empty_model, load_model
 from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model
 from dqtrain.rundir import RunDir
+from dqtrain.world import World
 
 
 def load_artifact(path: Path | str) -> PreTrainedModel:
@@ -67,9 +69,12 @@ def load_any(path: Path) -> PreTrainedModel:
 
 
 def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> str:
-    """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model."""
+    """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt."""
     tokenizer = load_tokenizer(path)
     longest = getattr(model.config, "max_position_embeddings", None)
+    if model.config.is_encoder_decoder:
+        world = World(0, 1, 0, model.device)
+        return write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world)[0]
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]])
     if longest is not None and ids.shape[1] + tokens > longest:
         raise ConfigError(f"the prompt has {ids.shape[1]} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")

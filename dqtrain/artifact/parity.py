@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from dqtrain.artifact.load import load_any
 from dqtrain.errors import CheckpointError
-from dqtrain.models import LanguageModel
+from dqtrain.models import Inputs, LanguageModel
 from dqtrain.quant.modules import served_parameters
 
 LOGITS_TOLERANCE = 1e-5
@@ -35,8 +35,9 @@ def verify(trained: PreTrainedModel, folder: Path) -> dict[str, Any]:
     tokens = min(32, getattr(trained.config, "max_position_embeddings", 32))
     ids = torch.randint(vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
     here = torch.ones_like(ids, dtype=torch.bool)
+    inputs = Inputs(ids, here, ids.flip(1), here) if trained.config.is_encoder_decoder else Inputs(ids, here)
     trained.eval()
-    ours, theirs = LanguageModel(trained)(ids, here).logits, LanguageModel(loaded)(ids, here).logits
+    ours, theirs = LanguageModel(trained).logits(inputs), LanguageModel(loaded).logits(inputs)
     difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
     if not difference <= LOGITS_TOLERANCE:
         raise CheckpointError(

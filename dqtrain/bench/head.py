@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dqtrain.distill import terms
-from dqtrain.distill.chunked import CHUNK_BYTES, Head, chunked_loss, plain_loss
+from dqtrain.distill.chunked import CHUNK_BYTES, chunked_loss, plain_loss
+from dqtrain.models import Head
 
 PATHS = {"plain": plain_loss, "chunked": chunked_loss}
 
@@ -80,25 +81,20 @@ def _measure(measure: str, paths: list[str], width: int, vocabulary: int, tokens
     return {path: statistics.median(values[1:]) for path, values in seconds.items()}
 
 
-def _inputs(tokens: int, width: int, vocabulary: int) -> tuple[Tensor, Head, Tensor, Head, Tensor]:
-    hidden, weight = (torch.randn(rows, width).requires_grad_() for rows in (tokens, vocabulary))
-    return (
-        hidden,
-        Head(weight, factor=width**-0.5),
-        torch.randn(tokens, width),
-        Head(torch.randn(vocabulary, width), factor=width**-0.5),
-        torch.randint(vocabulary, (tokens,)),
-    )
+def _inputs(tokens: int, width: int, vocabulary: int) -> tuple[Tensor, Head, Tensor, Head, list[Tensor]]:
+    student, teacher = (torch.randn(tokens, width) * width**-0.5 for _ in range(2))
+    weight = torch.randn(vocabulary, width).requires_grad_()
+    return student.requires_grad_(), Head(weight), teacher, Head(torch.randn(vocabulary, width)), [torch.randint(vocabulary, (tokens,))]
 
 
-def _loss(path: str, inputs: tuple[Tensor, Head, Tensor, Head, Tensor], chunk_bytes: int) -> None:
+def _loss(path: str, inputs: tuple[Tensor, Head, Tensor, Head, list[Tensor]], chunk_bytes: int) -> None:
     inputs[0].grad = inputs[1].weight.grad = None
     total, _ = PATHS[path](*inputs, _task_and_soft, chunk_bytes)
     (total / len(inputs[0])).backward()
 
 
-def _task_and_soft(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    assert teacher_logits is not None and labels is not None
+def _task_and_soft(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    assert teacher_logits is not None
     task, soft = terms.task(student_logits, labels).sum(), terms.cross_entropy(student_logits, teacher_logits).sum()
     return task + soft, {"task": task.detach(), "cross_entropy": soft.detach()}
 

@@ -1,20 +1,25 @@
-"""Text corpora, read as a stream of pieces: text files, JSON lines, or the Python standard library that is on every machine.
+"""Corpora, read as a stream: text from text files, JSON lines or the Python standard library that is on every machine; pairs of a source and a target
+from JSON lines, csv or the docstrings of installed packages.
 
-Needs nothing but the file (or the standard library); no network, no torch.
+Needs nothing but the file (or what is installed); no network, no torch.
 """
 
+import csv
 import functools
 import hashlib
 import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
 
+from dqtrain.config import Pairs
+from dqtrain.data.docstrings import DOCSTRINGS, docstring_pairs
 from dqtrain.errors import DataError
 
 STDLIB = "builtin:python-stdlib"
@@ -34,34 +39,119 @@ def documents(source: str, split: str, text_field: str) -> Iterator[tuple[str, b
     """
     if source == STDLIB:
         return ((text, True) for _, text in _stdlib()[split])
+    if source == DOCSTRINGS:
+        raise DataError(f"corpus {DOCSTRINGS} is pairs of a source and a target; set data.pairs, or name {STDLIB}.")
+    path = _readable(source, f"a .txt or .jsonl file, or {STDLIB}")
+    return _json_texts(path, text_field) if path.suffix == ".jsonl" else _plain_text(path)
+
+
+def pairs(source: str, split: str, settings: Pairs) -> Iterator[tuple[str, str]]:
+    """Yield (source, target) of one corpus, in order and as they are there: the template of `settings` is not applied.
+
+    A `.jsonl` file: one pair per line, in the fields that `settings` names; a `.csv` file: one per row, in the columns so named (RFC 4180: a header,
+    quotes where a text has commas or lines). `builtin:python-docstrings`: functions and the first lines of their docstrings, those of `split`.
+    Raises DataError for a corpus that is missing or holds no pairs, and, with its line, for a pair without a source or without a target.
+    """
+    if source == DOCSTRINGS:
+        return iter(docstring_pairs()[split])
+    if source == STDLIB:
+        raise DataError(f"corpus {STDLIB} is text without targets; remove data.pairs, or name {DOCSTRINGS}.")
+    expected = f"a .jsonl or .csv file of pairs, or {DOCSTRINGS}"
+    path = _readable(source, expected)
+    if path.suffix not in (".jsonl", ".csv"):
+        raise DataError(f"corpus {path} is no file of pairs that can be read; give {expected}.")
+    return _checked_pairs(path, settings)
+
+
+def references(sources: str | Sequence[str], split: str, settings: Pairs) -> list[tuple[str, list[str]]]:
+    """Return every source once, in the order of the corpus, with all targets that it has there."""
+    targets: dict[str, list[str]] = {}
+    for name in [sources] if isinstance(sources, str) else sources:
+        for source, target in pairs(name, split, settings):
+            targets.setdefault(source, []).append(target)
+    return list(targets.items())
+
+
+def _readable(source: str, expected: str) -> Path:
     if source.startswith("builtin:"):
-        raise DataError(f"corpus `{source}` is not built in; name a file, or {STDLIB}.")
+        raise DataError(f"corpus `{source}` is not built in; give {expected}.")
     path = Path(source)
     if not path.is_file() or not os.access(path, os.R_OK):
-        raise DataError(f"corpus {path} is not a file that can be read; give the path of a .txt or .jsonl file, or {STDLIB}.")
-    return _json_lines(path, text_field) if path.suffix == ".jsonl" else _plain_text(path)
+        raise DataError(f"corpus {path} is not a file that can be read; give the path of {expected}.")
+    return path
 
 
-def _json_lines(path: Path, text_field: str) -> Iterator[tuple[str, bool]]:
+def _json_texts(path: Path, text_field: str) -> Iterator[tuple[str, bool]]:
+    for number, record in _json_lines(path):
+        if text := _text(path, number, record, text_field, "data.text_field"):
+            yield text, True
+
+
+def _checked_pairs(path: Path, settings: Pairs) -> Iterator[tuple[str, str]]:
+    for number, record in _json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path, settings):
+        texts = []
+        for key, field in (("source", settings.source), ("target", settings.target)):
+            text = _text(path, number, record, field, f"data.pairs.{key}")
+            if not text.strip():
+                raise DataError(f"{path}:{number}: the {key}, `{field}`, is empty, but a pair must have both. Mend or remove the line.")
+            texts.append(text)
+        yield texts[0], texts[1]
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode())
+                yield number, json.loads(line.decode())
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}). Mend or remove the line.") from None
-            text = record.get(text_field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                found = f"the fields {', '.join(record) or '(none)'}" if isinstance(record, dict) else type(record).__name__
-                found = f"{text_field} = {json.dumps(record[text_field])[:40]}" if isinstance(record, dict) and text_field in record else found
-                raise DataError(f"{path}:{number}: has {found}, but must have the text in `{text_field}`. Set data.text_field, or mend the line.")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-                raise DataError(f"{path}:{number}: `{text_field}` is not Unicode text ({error}). Mend or remove the line.") from None
-            if text:
-                yield text, True
+
+
+def _text(path: Path, number: int, record: Any, field: str, setting: str) -> str:
+    """The text in a field of the record at a line; `setting` is the knob that names the field."""
+    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = f"the fields {', '.join(record) or '(none)'}" if isinstance(record, dict) else type(record).__name__
+        found = f"{field} = {json.dumps(record[field])[:40]}" if isinstance(record, dict) and field in record else found
+        raise DataError(f"{path}:{number}: has {found}, but must have the text in `{field}`. Set {setting}, or mend the line.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise DataError(f"{path}:{number}: `{field}` is not Unicode text ({error}). Mend or remove the line.") from None
+    return text
+
+
+def _csv_rows(path: Path, settings: Pairs) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line where the row begins, column -> text); rows without anything are no rows."""
+    with path.open("rb") as file:
+        rows = csv.reader(_lines(path, file), strict=True)
+        number = 1
+        try:
+            columns = next(rows, [])
+            for key, name in (("source", settings.source), ("target", settings.target)):
+                if columns.count(name) != 1:
+                    found = ", ".join(columns) or "(none)"
+                    raise DataError(f"{path}:1: has the columns {found}, but must have one `{name}`. Set data.pairs.{key}, or mend the header.")
+            number = rows.line_num + 1
+            for row in rows:
+                if row and len(row) != len(columns):
+                    remedy = "Put texts with commas or line ends in quotes, or remove the row."
+                    raise DataError(f"{path}:{number}: the number of columns is {len(row)}, but {len(columns)} in the header. {remedy}")
+                if row:
+                    yield number, dict(zip(columns, row, strict=True))
+                number = rows.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}:{number}: not a row of csv ({error}). Mend or remove it, or give the pairs as .jsonl.") from None
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")  # Excel begins a file with a byte order mark
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8 ({error}). Convert the file, for example with iconv -t utf-8.") from None
 
 
 def _plain_text(path: Path) -> Iterator[tuple[str, bool]]:

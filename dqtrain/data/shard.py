@@ -124,7 +124,12 @@ class Shard:
     @property
     def document_ends(self) -> np.ndarray:
         """Offset behind the last token (the end of text) of each document that ends in this shard: int64 [num_documents]."""
-        return self._read(0, self._tokens_start, np.dtype("<u8"))
+        return self.read_document_ends(0, self.header["num_documents"])
+
+    def read_document_ends(self, start: int, stop: int) -> np.ndarray:
+        """Return the ends of documents [start, stop) among those that end in this shard: int64. Raises DataError as `read` does."""
+        assert 0 <= start <= stop <= self.header["num_documents"]
+        return self._read(8 * start, 8 * stop, np.dtype("<u8"))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens [start, stop): int64. Raises DataError when a block they lie in is not what was written."""

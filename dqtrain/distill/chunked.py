@@ -17,16 +17,17 @@ returned in the dtype of the tensor that they belong to. The products that make 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-Function = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
-"""(student's logits, teacher's logits, labels) of some rows -> (scalar, named scalars without gradient): sums over the rows, 0 for no rows.
+from dqtrain.models import Head
+
+Function = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""(student's logits, teacher's logits or None, whatever else has such rows) -> (scalar, named scalars): sums over the rows, 0 for no rows.
 
 Called once per chunk, so nothing but sums (and no mean) gives the same for any chunking; the next chunk's logits overwrite those handed in. The
 gradient goes to the student's logits alone: a tensor with gradient that the function brings along gets none.
@@ -37,59 +38,22 @@ CHUNK_BYTES = 128 * 2**20
 do not pay for and 261 nearly do (bench/head.py). Under 32 MiB, where glibc takes memory from its heap, fragments make the peak grow with n."""
 
 
-@dataclass(frozen=True)
-class Head:
-    """logits = softcap * tanh((factor * hidden W' + bias) / softcap), the tanh only where there is a softcap."""
-
-    weight: Tensor  # [vocabulary, width]
-    bias: Tensor | None = None  # [vocabulary]: GPT-J's, BART's final_logits_bias
-    factor: float = 1.0  # on the hidden states: T5's d_model**-0.5 when its embeddings are tied
-    softcap: float | None = None  # Gemma 2's final_logit_softcapping
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Hidden states [n, width] -> [n, vocabulary], at least fp32; under autocast the product alone is in its dtype. Written to `out`, they have no gradient."""
-        device = hidden.device.type
-        head = self.cast(device)
-        with torch.autocast(device, enabled=False):
-            if out is None:
-                logits = functional.linear(head.scaled(hidden), head.weight).to(_sum_dtype(head.weight))
-            elif out.dtype == head.weight.dtype:
-                logits = torch.mm(head.scaled(hidden), head.weight.T, out=out)
-            else:
-                logits = out.copy_(head.scaled(hidden) @ head.weight.T)
-            if self.bias is not None:
-                logits.add_(self.bias)
-            if self.softcap is None:
-                return logits
-            return (logits / self.softcap).tanh() * self.softcap if out is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def cast(self, device: str) -> "Head":
-        """The same head with its weight in the dtype that it computes in: autocast's, where that is on and the weight is no double."""
-        if not torch.is_autocast_enabled(device) or self.weight.dtype == torch.float64:
-            return self
-        return replace(self, weight=self.weight.to(torch.get_autocast_dtype(device)))
-
-    def scaled(self, hidden: Tensor) -> Tensor:
-        """`factor * hidden` in the weight's dtype: what the weight is multiplied with."""
-        return (hidden if self.factor == 1.0 else hidden * self.factor).to(self.weight.dtype)
-
-
 def chunked_loss(
     student_hidden: Tensor,
     student: Head,
     teacher_hidden: Tensor | None,
     teacher: Head | None,
-    labels: Tensor | None,
+    rows: Sequence[Tensor],
     function: Function,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`plain_loss` in the memory of a chunk: hidden states [n, width] (the teacher's of another width) and labels [n] of target positions -> (total, parts).
+    """`plain_loss` in the memory of a chunk: hidden states [n, width] (the teacher's of another width) and `rows`, each [n, ...], such as labels -> (total, parts).
 
     Gradients go to `student_hidden`, `student.weight` and `student.bias`, as far as they require one, and are made in this call, unless under
     `no_grad`; backward hands them out once (no double backward, no `retain_graph`). With n = 0 the total is 0 and the gradients are zeros, so
     that collectives hung on the graph stay in step. Chunks have at most `chunk_bytes` of fp32 logits, and at least one row.
     """
-    work = _Pass(student_hidden, student, teacher_hidden, teacher, labels, function, max(1, chunk_bytes // (4 * len(student.weight))))
+    work = _Pass(student_hidden, student, teacher_hidden, teacher, rows, function, max(1, chunk_bytes // (4 * len(student.weight))))
     if torch.is_grad_enabled():
         total = _GradientsInForward.apply(work, student_hidden, student.weight, student.bias)
     else:
@@ -102,7 +66,7 @@ def plain_loss(
     student: Head,
     teacher_hidden: Tensor | None,
     teacher: Head | None,
-    labels: Tensor | None,
+    rows: Sequence[Tensor],
     function: Function,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,7 +75,8 @@ def plain_loss(
         teacher_logits = teacher.logits(teacher_hidden) if teacher is not None and teacher_hidden is not None else None
     student_logits = student.logits(student_hidden)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        return function(student_logits, teacher_logits, labels)
+        total, parts = function(student_logits, teacher_logits, *rows)
+    return total, {name: value.detach() for name, value in parts.items()}
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -139,9 +104,9 @@ class _Pass:
     student: Head
     teacher_hidden: Tensor | None
     teacher: Head | None
-    labels: Tensor | None
+    rows: Sequence[Tensor]
     function: Function
-    rows: int  # of a chunk
+    num_rows: int  # of a chunk
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -156,11 +121,11 @@ class _Pass:
             for tensor, is_wanted in zip((self.student_hidden, self.student.weight, self.student.bias), wanted, strict=True)
         ]
         # The same memory for each chunk: asking the system for new pages costs as much as a product with the head.
-        rows = min(self.rows, len(self.student_hidden))
+        rows = min(self.num_rows, len(self.student_hidden))
         room = [None if head is None else total.new_empty((rows, len(head.weight)), dtype=_sum_dtype(head.weight)) for head in (student, teacher)]
         with torch.autocast(device, enabled=False):
-            for start in range(0, max(1, len(self.student_hidden)), self.rows):  # without rows, one empty chunk names the parts
-                total += self._chunk(slice(start, start + self.rows), student, teacher, room, gradients)
+            for start in range(0, max(1, len(self.student_hidden)), self.num_rows):  # without rows, one empty chunk names the parts
+                total += self._chunk(slice(start, start + self.num_rows), student, teacher, room, gradients)
         return total, gradients
 
     def _chunk(self, chunk: slice, student: Head, teacher: Head | None, room: list[Tensor | None], gradients: list[Tensor | None]) -> Tensor:
@@ -172,7 +137,7 @@ class _Pass:
         teacher_logits = teacher.logits(self.teacher_hidden[chunk], of_teacher) if teacher is not None and self.teacher_hidden is not None else None
         live = any(gradient is not None for gradient in gradients)
         with torch.set_grad_enabled(live):
-            total, parts = self.function(logits.requires_grad_(live), teacher_logits, None if self.labels is None else self.labels[chunk])
+            total, parts = self.function(logits.requires_grad_(live), teacher_logits, *(row[chunk] for row in self.rows))
         for name, value in parts.items():
             self.parts[name] = self.parts.get(name, 0) + value.detach()
         if live:
@@ -183,9 +148,9 @@ class _Pass:
                 for_bias += slope.sum(0)
             slope = slope.to(student.weight.dtype)
             if for_hidden is not None:
-                for_hidden[chunk] = (slope @ student.weight) * student.factor
+                for_hidden[chunk] = slope @ student.weight
             if for_weight is not None:
-                _add_product(for_weight, slope, student.scaled(hidden), self.rows)
+                _add_product(for_weight, slope, hidden.to(student.weight.dtype), self.num_rows)
         return total.detach()
 
 

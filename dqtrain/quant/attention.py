@@ -2,7 +2,7 @@
 
 Attention is a function that transformers looks up by name, so that no model file is forked: `quantize_attention` makes a model use the one of
 this file, which is each family's own eager attention (GPT-2, OPT, Llama, Qwen2, Mistral, Mixtral, BART, T5, Gemma-2) with
-its four operands quantized.
+its four operands quantized. `show_attention` makes a float model use it too, for its probabilities.
 
 What is quantized is what the two multiplications read (DQ-BART, section 2.2; TernaryBERT): queries and keys as they arrive, after any rotary
 embedding; probabilities after dropout; values. Scores, the softmax and the output stay float.
@@ -22,8 +22,8 @@ from dqtrain.errors import ConfigError
 from dqtrain.quant.activation import ActivationQuantizer, real_positions
 from dqtrain.quant.saved import made_again
 
-NAME = "dqtrain"
-"""Under which transformers knows the function of this file."""
+NAME, FLOAT = "dqtrain", "dqtrain_float"
+"""Under which transformers knows the functions of this file: with quantized operands, and with float ones."""
 
 PLACES = ("query", "key", "probabilities", "value")
 
@@ -122,7 +122,7 @@ def quantized_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Eager attention with quantized operands: (output [batch, tokens, heads, head_dim], float probabilities [batch, heads, tokens, keys], after dropout).
+    """Eager attention with quantized operands: (output [batch, tokens, heads, head_dim], float probabilities [batch, heads, tokens, keys], before dropout).
 
     query [batch, heads, tokens, head_dim], key and value [batch, key heads, keys, head_dim] where query heads share key heads in equal groups;
     attention_mask and position_bias are added to the scores; softcap as in Gemma-2. The softmax is in fp32 whatever the dtype.
@@ -132,11 +132,6 @@ def quantized_attention(
 
     Raises ConfigError for an argument that changes the result of some other attention and is not known here.
     """
-    unknown = [name for name, argument in kwargs.items() if argument is not None and name not in WITHOUT_EFFECT]
-    if unknown:
-        raise ConfigError(
-            f"{type(module).__name__} gives its attention {', '.join(unknown)}, which quantized attention does not know. Set quant.activations.attention to false."
-        )
     quantizers: dict[str, ActivationQuantizer] | None = getattr(module, "attention_quantizers", None)
     if quantizers is None:
         raise ConfigError(
@@ -144,14 +139,69 @@ def quantized_attention(
             "or, where it shares the config object of a quantized model, give it a copy."
         )
     module.attention_ran = True  # type: ignore[assignment]
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-
     is_real_query, is_real_key = _real_tokens(module, query, attention_mask) if quantizers["query"].scale == "learned" else (None, None)
     query = _by_token(quantizers["query"], query, module, is_real_query)
-    key = _for_each_head(_by_token(quantizers["key"], key, module, is_real_key), query)
+    key = _by_token(quantizers["key"], key, module, is_real_key)
     value = _for_each_head(_by_token(quantizers["value"], value, module, is_real_key), query)
+    probabilities = _probabilities(module, query, key, attention_mask, scaling, position_bias, softcap, kwargs)
+    dropped = F.dropout(probabilities.to(value.dtype), p=dropout, training=module.training)
+    output = _weighted_sum(quantizers["probabilities"], probabilities, dropped, value, module, is_real_query, dropout)
+    return output.transpose(1, 2).contiguous(), probabilities
 
+
+def float_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """`quantized_attention` without quantizers."""
+    probabilities = _probabilities(module, query, key, attention_mask, scaling, position_bias, softcap, kwargs)
+    value = _for_each_head(value, query)
+    output = torch.matmul(F.dropout(probabilities.to(value.dtype), p=dropout, training=module.training), value)
+    return output.transpose(1, 2).contiguous(), probabilities
+
+
+def show_attention(model: PreTrainedModel) -> None:
+    """Make a model's attention give its probabilities, those before dropout, where transformers is asked for `output_attentions`.
+
+    Raises ConfigError, naming the class, where a family's attention is not looked up by name: a fused kernel would give none.
+    """
+    without = next(_own_attention(model), None if any(True for _ in _attention_modules(model)) else "it")
+    if without is not None:
+        raise ConfigError(
+            f"{type(model).__name__} gives no attention probabilities: {without} does not use transformers' attention interface. Set distill.attention to null."
+        )
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(FLOAT)
+
+
+def _probabilities(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    position_bias: Tensor | None,
+    softcap: float | None,
+    others: dict[str, Any],
+) -> Tensor:
+    """The softmax of the scores, in fp32 at least."""
+    unknown = [name for name, argument in others.items() if argument is not None and name not in WITHOUT_EFFECT]
+    if unknown:
+        raise ConfigError(
+            f"{type(module).__name__} gives its attention {', '.join(unknown)}, which dqtrain's attention does not know. "
+            "Set quant.activations.attention to false and distill.attention to null."
+        )
+    key = _for_each_head(key, query)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -159,10 +209,7 @@ def quantized_attention(
         scores = scores + position_bias
     if attention_mask is not None:
         scores = scores + attention_mask
-    probabilities = F.softmax(scores, dim=-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    dropped = F.dropout(probabilities.to(value.dtype), p=dropout, training=module.training)
-    output = _weighted_sum(quantizers["probabilities"], probabilities, dropped, value, module, is_real_query, dropout)
-    return output.transpose(1, 2).contiguous(), dropped
+    return F.softmax(scores, dim=-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
 
 
 def _by_token(quantizer: ActivationQuantizer, x: Tensor, module: nn.Module, is_real: Tensor | None) -> Tensor:
@@ -204,5 +251,6 @@ def _weighted_sum(
         return torch.matmul(quantized, value)
 
 
-AttentionInterface.register(NAME, quantized_attention)
-AttentionMaskInterface.register(NAME, eager_mask)
+for _name, _attention in ((NAME, quantized_attention), (FLOAT, float_attention)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, eager_mask)

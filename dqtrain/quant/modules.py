@@ -165,6 +165,12 @@ def _mix_in(module: nn.Module, mixin: type) -> None:
         module.__class__ = _quantized(mixin, *bases)
 
 
+def set_own_class(module: nn.Module, cls: Any) -> None:
+    """Give a module another class of its own, a subclass of the one it has, under whatever mixins it has."""
+    bases = type(module).__bases__ if isinstance(module, _Quantized) else ()
+    module.__class__ = _quantized(*bases[:-1], cls) if bases else cls
+
+
 @dataclass(frozen=True)
 class CoverageRow:
     """What happens to one parameter of two dimensions or more; `reason` says why it stays float."""

@@ -22,7 +22,7 @@ def made_again(tensor_of: dict[int, Callable[..., Tensor]], kept: Tensor | None 
 
     def drop(tensor: Tensor) -> Any:  # matches views too, such as the transpose that a linear saves
         make = tensor_of.get(tensor.untyped_storage().data_ptr())
-        if make is None:
+        if make is None or tensor.numel() == 0:  # all tensors without elements are at one address
             return pack(tensor)
         return _Dropped(make, [pack(t) for t in read], tensor.shape, tensor.stride(), tensor.storage_offset())
 

@@ -1,13 +1,21 @@
+import csv
+import io
 import json
 import sysconfig
 from pathlib import Path
 
 import pytest
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dqtrain.config import Pairs
 from dqtrain.data import corpus
-from dqtrain.data.corpus import LEAK_BYTES, SPLITS, STDLIB, documents, stdlib_summary
+from dqtrain.data.corpus import LEAK_BYTES, SPLITS, STDLIB, documents, pairs, references, stdlib_summary
+from dqtrain.data.docstrings import DOCSTRINGS, docstring_pairs
 from dqtrain.errors import DataError
+
+PAIRS = Pairs(source="mr", target="ref", template="say: {source}", source_tokens=8, target_tokens=8)
 
 
 def read(path: Path, text_field: str = "text") -> list[tuple[str, bool]]:
@@ -109,3 +117,94 @@ def test_leaks_go_by_lines_until_none_is_left():
 
 def test_stdlib_summary_is_json():
     assert json.loads(json.dumps(stdlib_summary())) == stdlib_summary()
+
+
+def read_pairs(path: Path, content: str | bytes) -> list[tuple[str, str]]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return list(pairs(str(path), "train", PAIRS))
+
+
+def test_json_lines_are_pairs(tmp_path):
+    content = '{"mr": " één\\n", "ref": "eins", "id": 1}\n\n{"ref": "zwei", "mr": "two"}'
+    assert read_pairs(tmp_path / "a.jsonl", content) == [(" één\n", "eins"), ("two", "zwei")]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_csv_rows_are_pairs(tmp_path, newline, mark):
+    content = newline.join(["ref,mr,n", '"one, ""1""","a', 'b",1', "", "two,c,", ""])
+    assert read_pairs(tmp_path / "a.csv", mark + content.encode()) == [(f"a{newline}b", 'one, "1"'), ("c", "two")]
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=8).map(lambda text: f"{text}x")
+
+
+@given(st.lists(st.tuples(texts, texts), max_size=6))
+def test_csv_and_json_give_back_every_text(tmp_path_factory, expected):
+    folder = tmp_path_factory.mktemp("pairs")
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([("mr", "ref"), *expected])
+    assert read_pairs(folder / "a.csv", buffer.getvalue()) == expected
+    assert read_pairs(folder / "a.jsonl", "".join(json.dumps({"mr": mr, "ref": ref}) + "\n" for mr, ref in expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"mr": "a"', "not a line of JSON"),
+        (b'{"mr": "a"}', r"has the fields mr, but must have the text in `ref`. Set data\.pairs\.target, or mend the line"),
+        (b'{"meaning": "a", "ref": "b"}', r"has the fields meaning, ref, but must have the text in `mr`. Set data\.pairs\.source"),
+        (b'{"mr": "a", "ref": ["b"]}', r'has ref = \["b"\], but must have the text'),
+        (b'{"mr": "a", "ref": " "}', "the target, `ref`, is empty, but a pair must have both. Mend or remove the line"),
+        (b'{"mr": "", "ref": "b"}', "the source, `mr`, is empty"),
+        (b'{"mr": "\\ud800", "ref": "b"}', "`mr` is not Unicode text"),
+    ],
+)
+def test_a_bad_json_pair_is_named(tmp_path, line, message):
+    with pytest.raises(DataError, match=rf"a\.jsonl:3: {message}"):
+        read_pairs(tmp_path / "a.jsonl", b'{"mr": "a", "ref": "b"}\n\n' + line)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"1: has the columns \(none\), but must have one `mr`. Set data\.pairs\.source, or mend the header"),
+        (b"mr,text\na,b\n", "1: has the columns mr, text, but must have one `ref`"),
+        (b"mr,mr,ref\na,b,c\n", "1: has the columns mr, mr, ref, but must have one `mr`"),
+        (b'mr,ref\n"a\n1",b\nc\n', "4: the number of columns is 1, but 2 in the header. Put texts with commas"),
+        (b"mr,ref\na,b\nc,d,e\n", "3: the number of columns is 3, but 2 in the header"),
+        (b'mr,ref\na,b\n\n"c\n",\n', "4: the target, `ref`, is empty"),
+        (b'mr,ref\n"a" b,c\n', "2: not a row of csv .*Mend or remove it, or give the pairs as .jsonl"),
+        (b'mr,ref\na,b\nc,"d\ne,f\n', "3: not a row of csv"),
+        (b"mr,ref\na,b\nc,\xe9\n", "3: not UTF-8"),
+    ],
+)
+def test_a_bad_csv_row_is_named(tmp_path, content, message):
+    with pytest.raises(DataError, match=rf"a\.csv:{message}"):
+        read_pairs(tmp_path / "a.csv", content)
+
+
+def test_sources_of_the_other_kind_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for name, message in {
+        str(tmp_path / "a.txt"): r"a\.txt is no file of pairs that can be read; give a \.jsonl or \.csv file of pairs, or builtin:python-docstrings",
+        str(tmp_path / "b.csv"): r"b\.csv is not a file that can be read; give the path of a \.jsonl or \.csv file of pairs",
+        STDLIB: f"{STDLIB} is text without targets; remove data.pairs, or name {DOCSTRINGS}",
+        "builtin:c-docstrings": "`builtin:c-docstrings` is not built in",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            pairs(name, "train", PAIRS)
+    with pytest.raises(DataError, match=f"{DOCSTRINGS} is pairs of a source and a target; set data.pairs, or name {STDLIB}"):
+        documents(DOCSTRINGS, "train", "text")
+
+
+def test_docstrings_are_pairs():
+    assert all(list(pairs(DOCSTRINGS, split, PAIRS)) == docstring_pairs()[split] for split in SPLITS)
+
+
+def test_references_are_all_targets_of_a_source(tmp_path):
+    (tmp_path / "a.csv").write_text("mr,ref\nb,1\na,2\nb,3\nb,1\n")
+    (tmp_path / "b.jsonl").write_text('{"mr": "c", "ref": "4"}\n{"mr": "a", "ref": "5"}\n')
+    files = [str(tmp_path / "a.csv"), str(tmp_path / "b.jsonl")]
+    assert references(files, "test", PAIRS) == [("b", ["1", "3", "1"]), ("a", ["2", "5"]), ("c", ["4"])]
+    assert references(files[0], "test", PAIRS) == [("b", ["1", "3", "1"]), ("a", ["2"])]

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dqtrain.config import Pairs
 from dqtrain.data.prepare import END_OF_TEXT, _Report, load_tokenizer, prepare, tokenizer_hash, train_tokenizer
 from dqtrain.data.shard import Shard
 from dqtrain.errors import DataError
@@ -155,6 +157,13 @@ def test_what_is_there_is_returned_and_what_changed_is_not(corpus, tokenizer, tm
     assert prepare(corpus, "train", tokenizer, tmp_path) != folder
 
 
+def test_folders_of_text_keep_their_name(corpus, tokenizer, tmp_path):
+    status = os.stat(corpus)
+    described = [{"source": corpus, "size": status.st_size, "mtime_ns": status.st_mtime_ns}]
+    identity = json.dumps([1, described, "train", "text", tokenizer_hash(tokenizer), 2**24])
+    assert prepare(corpus, "train", tokenizer, tmp_path).name == f"train-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n'])
 def test_an_empty_corpus_is_refused(tokenizer, tmp_path, content):
     path = tmp_path / "empty.jsonl"
@@ -186,3 +195,149 @@ def test_the_stdlib_is_a_corpus(tokenizer, tmp_path):
     index = json.loads((folder / "index.json").read_text())
     assert index["num_documents"] > 5
     assert index["num_tokens"] > 100_000
+
+
+# --- Pairs; the ids of the tokenizers are in conftest.py ---
+
+GPT2 = {word: number for number, word in enumerate("<eos> a b c d e f g h say :".split())}
+BART = {word: number for number, word in enumerate("<s> <pad> </s> <unk> a b c d e f g h say :".split())}
+T5 = {word: number for number, word in enumerate("<pad> </s> <unk> a b c d e f g h say :".split())}
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> str:
+    path.write_text("".join(json.dumps({"source": source, "target": target}) + "\n" for source, target in pairs))
+    return str(path)
+
+
+def tokens_of(folder: Path) -> list[list[list[int]]]:
+    """Shard -> its documents."""
+    shards = [Shard(path) for path in sorted(folder.glob("*.bin"))]
+    return [[ids.tolist() for ids in np.split(shard.read(0, shard.num_tokens), shard.document_ends)[:-1]] for shard in shards]
+
+
+@pytest.mark.parametrize(
+    ("family", "encoder_decoder", "words", "expected"),
+    [
+        ("bart", True, BART, ["<s> say : a b </s>", "<s> c </s>", "<s> say : a b </s>", "<s> d e </s>"]),
+        ("t5", True, T5, ["say : a b </s>", "c </s>", "say : a b c </s>", "d e f </s>"]),
+        ("gpt2", True, GPT2, ["say : a b <eos>", "c <eos>", "say : a b c <eos>", "d e f <eos>"]),
+        ("gpt2", False, GPT2, ["say : a b", "c <eos>", "b c d e f g", "d e f <eos>"]),
+        ("bart", False, BART, ["say : a b", "c </s>", "b c d e f g", "d e f </s>"]),
+    ],
+)
+def test_pairs_become_sources_and_targets_with_their_special_tokens(tokenizers, tmp_path, family, encoder_decoder, words, expected):
+    corpus = write_pairs(tmp_path / "a.jsonl", [("a b", "c"), ("a b c d e f g", "d e f g")])
+    settings = Pairs(template="say : {source}", source_tokens=6, target_tokens=4)
+    folder = prepare(corpus, "train", tokenizers[family], tmp_path, pairs=settings, encoder_decoder=encoder_decoder)
+    assert tokens_of(folder) == [[[words[word] for word in text.split()] for text in expected]]
+    index = json.loads((folder / "index.json").read_text())
+    assert index["pairs"] == settings.model_dump() and index["encoder_decoder"] == encoder_decoder
+    assert index["num_documents"] == 4
+    assert index["num_bytes"] == len("say : a b" + "c" + "say : a b c d e f g" + "d e f g")
+    assert index["num_tokens"] == sum(len(text.split()) for text in expected)
+
+
+lengths = st.integers(1, 12)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=30), st.integers(1, 40), st.booleans(), st.data())
+def test_a_pair_is_in_one_shard_whatever_was_killed(tokenizers, tmp_path_factory, lengths, tokens_per_shard, encoder_decoder, data):
+    root = tmp_path_factory.mktemp("pairs")
+    pairs = [(" ".join("abcdefgh"[i % 8] for i in range(n)), " ".join("hgfedcba"[i % 8] for i in range(m))) for n, m in lengths]
+    corpus = write_pairs(root / "a.jsonl", pairs)
+
+    def make() -> Path:
+        return prepare(
+            corpus,
+            "train",
+            tokenizers["gpt2"],
+            root,
+            tokens_per_shard=tokens_per_shard,
+            pairs=Pairs(source_tokens=20, target_tokens=20),
+            encoder_decoder=encoder_decoder,
+        )
+
+    folder = make()
+    end = [GPT2["<eos>"]]
+    expected = []
+    for source, target in pairs:
+        expected += [[GPT2[word] for word in source.split()] + end * encoder_decoder, [GPT2[word] for word in target.split()] + end]
+    shards = tokens_of(folder)
+    assert all(len(documents) % 2 == 0 for documents in shards)
+    assert sum(shards, []) == expected
+    for documents in shards[:-1]:  # full with the last pair, and not before
+        assert sum(map(len, documents)) >= tokens_per_shard > sum(map(len, documents[:-2]))
+    whole = content(folder)
+    (folder / "index.json").unlink()
+    (folder / f"shard-{data.draw(st.integers(0, len(shards) - 1)):05d}.bin").unlink()
+    assert make() == folder
+    assert content(folder) == whole
+
+
+def test_settings_of_pairs_decide_the_folder(tokenizers, tmp_path):
+    corpus = write_pairs(tmp_path / "a.jsonl", [("a", "b")])
+    settings = Pairs(source_tokens=8, target_tokens=8)
+    changes = [{}, {"source_tokens": 9}, {"target_tokens": 9}, {"template": "say {source}"}, {"source": "target", "target": "source"}]
+    folders = {prepare(corpus, "train", tokenizers["t5"], tmp_path, pairs=settings.model_copy(update=change)) for change in changes}
+    folders.add(prepare(corpus, "train", tokenizers["t5"], tmp_path, pairs=settings, encoder_decoder=True))
+    folders.add(prepare(corpus, "train", tokenizers["t5"], tmp_path, text_field="source"))
+    assert len(folders) == len(changes) + 2
+    assert prepare(corpus, "train", tokenizers["t5"], tmp_path, pairs=settings) in folders
+
+
+@pytest.mark.parametrize(
+    ("family", "encoder_decoder", "lengths", "message"),
+    [
+        ("bart", True, (2, 8), r"data\.pairs\.source_tokens is 2, but 2 of a source are special tokens; set it to 3 or more"),
+        ("t5", True, (8, 1), r"data\.pairs\.target_tokens is 1, but 1 of a target are special tokens; set it to 2 or more"),
+        ("gpt2", True, (1, 8), r"data\.pairs\.source_tokens is 1, but 1 of a source"),
+        ("gpt2", False, (1, 1), r"data\.pairs\.target_tokens is 1, but 1 of a target"),
+    ],
+)
+def test_a_cut_that_leaves_no_text_is_refused(tokenizers, tmp_path, family, encoder_decoder, lengths, message):
+    corpus = write_pairs(tmp_path / "a.jsonl", [("a", "b")])
+    with pytest.raises(DataError, match=message):
+        prepare(
+            corpus,
+            "train",
+            tokenizers[family],
+            tmp_path,
+            pairs=Pairs(source_tokens=lengths[0], target_tokens=lengths[1]),
+            encoder_decoder=encoder_decoder,
+        )
+
+
+def test_pairs_that_cannot_be_used_are_named(tokenizers, tokenizer, tmp_path):
+    settings = Pairs(source_tokens=8, target_tokens=8)
+    with pytest.raises(DataError, match=r"empty\.csv has no pairs for the split test"):
+        (tmp_path / "empty.csv").write_text("source,target\n")
+        prepare(str(tmp_path / "empty.csv"), "test", tokenizers["t5"], tmp_path, pairs=settings)
+    with pytest.raises(DataError, match=r"a\.txt is no file of pairs"):
+        (tmp_path / "a.txt").write_text("text")
+        prepare(str(tmp_path / "a.txt"), "test", tokenizers["t5"], tmp_path, pairs=settings)
+    nothing = tmp_path / "nothing"
+    shutil.copytree(tokenizer, nothing)
+    description = json.loads((nothing / "tokenizer.json").read_text())
+    description["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    (nothing / "tokenizer.json").write_text(json.dumps(description))
+    corpus = write_pairs(tmp_path / "a.jsonl", [("a", "b"), ("~~", "b")])
+    with pytest.raises(DataError, match="the tokenizer makes no token of the source `~~`, but a target must follow one; mend or remove the pair"):
+        prepare(corpus, "test", nothing, tmp_path, pairs=settings)
+
+
+def test_a_tokenizer_learns_from_both_sides_of_pairs(tmp_path):
+    corpus = write_pairs(tmp_path / "a.jsonl", [("area area", "width width")] * 9)
+    settings = Pairs(template="explain: {source}", source_tokens=8, target_tokens=8)
+    train_tokenizer(corpus, "text", 270, tmp_path / "bpe", pairs=settings)
+    assert all(len(load_tokenizer(tmp_path / "bpe")(word)["input_ids"]) < len(word) for word in (" area", " width", "explain"))
+    with pytest.raises(DataError, match="must have the text in `text`"):
+        train_tokenizer(corpus, "text", 270, tmp_path / "other")
+
+
+def test_docstrings_are_a_corpus(tokenizer, tmp_path):
+    folder = prepare("builtin:python-docstrings", "validation", tokenizer, tmp_path, pairs=Pairs(source_tokens=256, target_tokens=64))
+    documents = tokens_of(folder)[0]
+    assert len(documents) > 1500
+    assert max(map(len, documents[::2])) == 256
+    assert max(map(len, documents[1::2])) <= 64 and all(ids[-1] == 0 for ids in documents[1::2])

@@ -33,6 +33,8 @@ def test_round_trip(tmp_path_factory, data):
     shard = Shard(path)
     assert shard.num_tokens == len(tokens)
     assert shard.document_ends.tolist() == ends
+    first, last = sorted(data.draw(st.tuples(st.integers(0, len(ends)), st.integers(0, len(ends)))))
+    assert shard.read_document_ends(first, last).tolist() == ends[first:last]
     assert shard.header["dtype"] == ("uint16" if vocab_size <= 2**16 else "uint32")
     assert shard.header["pieces_end"] == 3
     start, stop = sorted(data.draw(st.tuples(st.integers(0, len(tokens)), st.integers(0, len(tokens)))))

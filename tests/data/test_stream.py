@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dqtrain.config import Pairs
 from dqtrain.data.prepare import prepare, train_tokenizer
 from dqtrain.data.shard import Shard, write_shard
-from dqtrain.data.stream import Stream, permute
+from dqtrain.data.stream import AnyStream, PairStream, Stream, permute
 from dqtrain.errors import DataError
 
 seeds = st.integers(0, 2**31 - 1)
@@ -114,7 +115,10 @@ def test_without_shuffle_the_order_is_the_corpus(folder):
     n = stream.num_samples
     batch = stream.batch(range(n - 2, n + 2))
     assert [ids.tolist() for ids in batch.input_ids] == [stream.sample(i)[0].tolist() for i in (n - 2, n - 1, 0, 1)]
-    assert {array.dtype for array in (batch.input_ids, batch.labels)} == {np.dtype(np.int64)}
+    assert batch.samples.tolist() == [n - 2, n - 1, 0, 1]
+    assert {array.dtype for array in (batch.input_ids, batch.labels, batch.samples)} == {np.dtype(np.int64)}
+    assert batch.source_ids is None and batch.source_is_real is None
+    assert stream.mean_tokens == 16
 
 
 @pytest.fixture
@@ -163,3 +167,119 @@ def test_one_token_is_nothing_to_predict(copy):
     entry = {"file": shard.name, "num_tokens": 1, "num_documents": 1, "checksum": Shard(shard).checksum}
     (copy / "index.json").write_text(json.dumps(index | {"num_tokens": 1, "shards": [entry]}))
     refused(copy, "hold 1 token, but a sample needs 2")
+
+
+# --- Pairs ---
+
+PAD, START = 99, 98
+SOURCE_TOKENS, TARGET_TOKENS = 21, 13
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[list[int], list[int]]]:
+    """Ids of sources and targets, without special tokens, as the tokenizer of conftest.py gives them to words."""
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(1, (SOURCE_TOKENS - 2, TARGET_TOKENS - 2), (41, 2), endpoint=True)
+    return [tuple(draw.integers(4, 12, n).tolist() for n in row) for row in lengths]  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def pair_folders(pairs, tokenizers, tmp_path_factory):
+    """encoder_decoder -> folder of several shards, made with the tokenizer that gives <s> (0) and </s> (2)."""
+    root = tmp_path_factory.mktemp("pairs")
+    words = dict(enumerate("a b c d e f g h".split(), 4))
+    rows = [{name: " ".join(words[id] for id in ids) for name, ids in zip(("source", "target"), pair, strict=True)} for pair in pairs]
+    (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Pairs(source_tokens=SOURCE_TOKENS, target_tokens=TARGET_TOKENS)
+    return {
+        kind: prepare(str(root / "a.jsonl"), "train", tokenizers["bart"], root, tokens_per_shard=300, pairs=settings, encoder_decoder=kind)
+        for kind in (True, False)
+    }
+
+
+def pair_stream(pair_folders, encoder_decoder: bool, seed: int = 0, shuffle: bool = True) -> PairStream:
+    return PairStream(pair_folders[encoder_decoder], seed, shuffle, pad_token_id=PAD, decoder_start_token_id=START if encoder_decoder else None)
+
+
+def width_of(longest: int, most: int) -> int:
+    return next(width for width in [*range(8, most, 8), most] if width >= longest)
+
+
+positions = st.lists(st.integers(0, 10**6), min_size=1, max_size=9).map(np.array)
+
+
+@given(positions, seeds, st.booleans())
+@settings(max_examples=60)
+def test_a_batch_for_an_encoder_decoder_is_what_its_pairs_say(pair_folders, pairs, positions, seed, shuffle):
+    batch = pair_stream(pair_folders, True, seed, shuffle).batch(positions)
+    assert shuffle or batch.samples.tolist() == (positions % len(pairs)).tolist()
+    chosen = [([0, *pairs[i][0], 2], [0, *pairs[i][1], 2]) for i in batch.samples]
+    width = width_of(max(len(target) for _, target in chosen), TARGET_TOKENS)
+    source_width = width_of(max(len(source) for source, _ in chosen), SOURCE_TOKENS)
+    assert batch.labels.tolist() == [target + [-100] * (width - len(target)) for _, target in chosen]
+    assert batch.input_ids.tolist() == [[START, *target[:-1]] + [PAD] * (width - len(target)) for _, target in chosen]
+    assert batch.source_ids is not None and batch.source_is_real is not None
+    assert batch.source_ids.tolist() == [source + [PAD] * (source_width - len(source)) for source, _ in chosen]
+    assert batch.source_is_real.tolist() == [[True] * len(source) + [False] * (source_width - len(source)) for source, _ in chosen]
+    assert batch.source_is_real.dtype == bool
+    assert {array.dtype for array in (batch.input_ids, batch.labels, batch.samples, batch.source_ids)} == {np.dtype(np.int64)}
+
+
+@given(positions, seeds, st.booleans())
+@settings(max_examples=60)
+def test_a_batch_for_a_causal_model_predicts_targets_alone(pair_folders, pairs, positions, seed, shuffle):
+    batch = pair_stream(pair_folders, False, seed, shuffle).batch(positions)
+    assert batch.source_ids is None and batch.source_is_real is None
+    width = width_of(max(len(pairs[i][0]) + len(pairs[i][1]) for i in batch.samples), SOURCE_TOKENS + TARGET_TOKENS)
+    for i, ids, labels in zip(batch.samples, batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        source, target = pairs[i][0], [*pairs[i][1], 2]
+        assert len(ids) == len(labels) == width
+        real = len(source) + len(target) - 1
+        assert ids == [*source, *target[:-1]] + [PAD] * (width - real)
+        for place, label in enumerate(labels):  # what is predicted at a place is the token behind it
+            behind = (source + target)[place + 1] if place < real else None
+            assert label == (behind if place + 1 >= len(source) and place < real else -100)
+
+
+def test_the_decoder_reads_what_transformers_would_give_it(pair_folders):
+    import torch
+    from transformers.models.bart.modeling_bart import shift_tokens_right
+
+    batch = pair_stream(pair_folders, True).batch(range(41))
+    expected = shift_tokens_right(torch.from_numpy(batch.labels), PAD, START).numpy()
+    assert (batch.input_ids == expected)[batch.labels != -100].all()
+
+
+@pytest.mark.parametrize("encoder_decoder", [True, False])
+@given(world_size=st.integers(1, 4), accumulation=st.integers(1, 3), size=st.integers(1, 4), seed=seeds)
+@settings(max_examples=15)
+def test_every_target_token_comes_once_per_epoch_in_any_micro_batches(pair_folders, pairs, encoder_decoder, world_size, accumulation, size, seed):
+    stream = pair_stream(pair_folders, encoder_decoder, seed)
+    assert stream.num_samples == len(pairs) and stream.vocab_size == 14
+    global_batch = world_size * accumulation * size
+    num_steps = -(-2 * len(pairs) // global_batch)
+    batches = [stream.micro_batch(step, j, global_batch, size) for step in range(num_steps) for j in range(world_size * accumulation)]
+    samples = np.concatenate([batch.samples for batch in batches])
+    epochs = samples[: len(pairs)].tolist(), samples[len(pairs) : 2 * len(pairs)].tolist()
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(pairs)))
+    assert epochs[0] != epochs[1]
+    rows = [row for batch in batches for row in batch.labels]
+    expected = [[0] * encoder_decoder + pairs[i][1] + [2] for i in samples]
+    assert [row[row != -100].tolist() for row in rows] == expected
+
+    whole = stream.batch(range(len(samples)))  # one batch of all is the same but for its padding
+    assert whole.samples.tolist() == samples.tolist()
+    for name, fill in (("input_ids", PAD), ("labels", -100)) + ((("source_ids", PAD), ("source_is_real", False)) if encoder_decoder else ()):
+        for row, wide in zip([row for batch in batches for row in getattr(batch, name)], getattr(whole, name), strict=True):
+            assert (wide[: len(row)] == row).all()
+            assert (wide[len(row) :] == fill).all()
+
+
+@pytest.mark.parametrize("encoder_decoder", [True, False])
+def test_samples_of_pairs_are_in_the_order_of_the_corpus(pair_folders, pairs, encoder_decoder):
+    stream: AnyStream = pair_stream(pair_folders, encoder_decoder)
+    assert len(list(pair_folders[encoder_decoder].glob("*.bin"))) > 2
+    start = [0] * encoder_decoder
+    expected = [(start + source + [2] * encoder_decoder, start + target + [2]) for source, target in pairs]
+    assert [tuple(ids.tolist() for ids in stream.sample(i)) for i in range(len(pairs))] == expected
+    assert stream.mean_tokens == sum(len(source) + len(target) for source, target in expected) / len(pairs)

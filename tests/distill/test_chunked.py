@@ -10,7 +10,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from dqtrain.distill import terms
-from dqtrain.distill.chunked import Head, chunked_loss, plain_loss
+from dqtrain.distill.chunked import chunked_loss, plain_loss
+from dqtrain.models import Head, Inputs, LanguageModel
 
 TERMS = {
     "task": lambda s, t, labels: terms.task(s, labels),
@@ -43,7 +44,7 @@ def case(n=13, vocabulary=17, width=5, width_t=7, dtype=torch.float64, bias=Fals
 
     student = Head(tensor(vocabulary, width).requires_grad_(), tensor(vocabulary).requires_grad_() if bias else None, **head)
     teacher = Head(tensor(vocabulary, width_t), tensor(vocabulary) if bias else None)
-    return tensor(n, width).requires_grad_(), student, tensor(n, width_t), teacher, torch.randint(vocabulary, (n,), generator=draw)
+    return tensor(n, width).requires_grad_(), student, tensor(n, width_t), teacher, [torch.randint(vocabulary, (n,), generator=draw)]
 
 
 def leaves(hidden, student):
@@ -67,9 +68,8 @@ def assert_same(inputs, function, rows, tolerance):
 HEADS = {
     "bare": {},
     "bias": {"bias": True},
-    "factor": {"factor": 0.4},
     "softcap": {"softcap": 1.5},
-    "all": {"bias": True, "factor": 1.7, "softcap": 2.5},
+    "all": {"bias": True, "softcap": 2.5},
 }
 
 
@@ -89,51 +89,44 @@ def test_chunks_give_the_loss_the_parts_and_the_gradients_of_full_logits(names, 
     width_t=strategies.integers(1, 6),
     rows=strategies.integers(1, 10),
     bias=strategies.booleans(),
-    factor=strategies.sampled_from([1.0, 0.3]),
     softcap=strategies.sampled_from([None, 2.0]),
     name=strategies.sampled_from(list(TERMS)),
     seed=strategies.integers(0, 2**31),
 )
-def test_chunks_equal_full_logits_for_any_shape(n, vocabulary, width, width_t, rows, bias, factor, softcap, name, seed):
-    assert_same(case(n, vocabulary, width, width_t, torch.float64, bias, seed, factor=factor, softcap=softcap), weighted(name), rows, 1e-10)
+def test_chunks_equal_full_logits_for_any_shape(n, vocabulary, width, width_t, rows, bias, softcap, name, seed):
+    assert_same(case(n, vocabulary, width, width_t, torch.float64, bias, seed, softcap=softcap), weighted(name), rows, 1e-10)
 
 
 def test_head_is_the_formula():
-    hidden, head, *_ = case(bias=True, factor=0.6, softcap=1.5)
-    x = 0.6 * hidden.detach().numpy() @ head.weight.detach().numpy().T + head.bias.detach().numpy()
+    hidden, head, *_ = case(bias=True, softcap=1.5)
+    x = hidden.detach().numpy() @ head.weight.detach().numpy().T + head.bias.detach().numpy()
     assert np.allclose(head.logits(hidden).detach().numpy(), 1.5 * np.tanh(x / 1.5), rtol=0, atol=1e-12)
 
 
 SMALL = {"vocab_size": 31, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FAMILIES = {
-    "gptj": ({"n_embd": 8, "n_layer": 1, "n_head": 2, "rotary_dim": 4}, lambda model: {"bias": model.lm_head.bias}),
-    "gemma2": (
-        {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 8},
-        lambda model: {"softcap": model.config.final_logit_softcapping},
-    ),
-    "t5": ({"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}, lambda model: {"factor": model.config.d_model**-0.5}),
-    "bart": (
-        {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8}
-        | {"decoder_ffn_dim": 8, "max_position_embeddings": 16, "decoder_start_token_id": 0, "forced_eos_token_id": None},
-        lambda model: {"bias": model.final_logits_bias[0]},
-    ),
+    "gptj": {"n_embd": 8, "n_layer": 1, "n_head": 2, "rotary_dim": 4},
+    "gemma2": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 8},
+    "t5": {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+    "bart": {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8}
+    | {"decoder_ffn_dim": 8, "max_position_embeddings": 16, "decoder_start_token_id": 0, "forced_eos_token_id": None},
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_is_that_of_transformers(family):
-    sizes, keys = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(family, **SMALL, **sizes)
+    config = transformers.AutoConfig.for_model(family, **SMALL, **FAMILIES[family])
     torch.manual_seed(0)
     model = (transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM).from_config(config).eval()
+    ids, everything = torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool)
     with torch.no_grad():
         for parameter in (*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name == "final_logits_bias")):
             parameter.normal_()  # so that no bias is 0, and the softcap is felt
-        ids = torch.arange(5)[None]
-        found = model(input_ids=ids, output_hidden_states=True, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {}))
-        hidden = (found.decoder_hidden_states if config.is_encoder_decoder else found.hidden_states)[-1][0]
-        logits = Head(model.get_output_embeddings().weight, **keys(model)).logits(hidden)
-    assert torch.allclose(logits, found.logits[0], rtol=1e-5, atol=1e-5)
+        found = model(input_ids=ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})).logits[0]
+        ours = LanguageModel(model)
+        inputs = Inputs(ids, everything, ids, everything) if config.is_encoder_decoder else Inputs(ids, everything)
+        assert torch.allclose(ours.logits(inputs), found, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(ours.plain_head().logits(ours(inputs).hidden[0]), found, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_written_to_given_memory_are_the_same():
@@ -182,12 +175,11 @@ def test_without_teacher_and_without_labels():
         assert t is None
         return terms.task(s, labels).sum(), {}
 
-    def soft(s, t, labels):
-        assert labels is None
+    def soft(s, t):
         return terms.cross_entropy(s, t).sum(), {}
 
     assert_same((hidden, student, None, None, labels), task, 5, 1e-10)
-    assert_same((hidden, student, taught, teacher, None), soft, 5, 1e-10)
+    assert_same((hidden, student, taught, teacher, []), soft, 5, 1e-10)
 
 
 class Tied(nn.Module):
@@ -200,19 +192,19 @@ class Tied(nn.Module):
 
     def forward(self, ids, loss, *rest, **options):
         hidden = torch.tanh(self.mix(self.embedding(ids)))
-        return loss(hidden, Head(self.embedding.weight, factor=0.5), *rest, **options)[0]
+        return loss(hidden, Head(self.embedding.weight), *rest, **options)[0]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 13])
 def test_gradients_of_a_tied_weight_add_up(rows):
     torch.manual_seed(0)
-    _, _, taught, teacher, labels = case()
+    _, _, taught, teacher, (labels,) = case()
     model, ids = Tied(17, 5), torch.randint(17, (13,))
     gradients = []
     for loss in (chunked_loss, plain_loss):
         model.zero_grad()
         for part in (slice(0, 9), slice(9, 13)):  # as two micro-batches
-            model(ids[part], loss, taught[part], teacher, labels[part], weighted("task", "forward_kl"), chunk_bytes=rows * 17 * 4).backward()
+            model(ids[part], loss, taught[part], teacher, [labels[part]], weighted("task", "forward_kl"), chunk_bytes=rows * 17 * 4).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for ours, reference in zip(*gradients, strict=True):
         assert torch.allclose(ours, reference, rtol=0, atol=1e-10)
@@ -256,7 +248,7 @@ def test_evaluation_does_no_gradient_work(off):
 
 @pytest.mark.parametrize("trained", [(), (0,), (1,), (2,), (0, 2), (0, 1, 2)])
 def test_gradients_are_made_only_for_what_is_trained(trained):
-    inputs = case(bias=True, factor=0.5)
+    inputs = case(bias=True)
     tensors = (inputs[0], inputs[1].weight, inputs[1].bias)
     for i, tensor in enumerate(tensors):
         tensor.requires_grad_(i in trained)
@@ -304,7 +296,7 @@ def test_under_autocast_products_are_bf16_and_all_else_is_fp32(rows, head):
     exact = all_of(plain_loss, inputs, function)
     with torch.autocast("cpu", torch.bfloat16):
         assert inputs[1].logits(inputs[0]).dtype == torch.float32
-        assert torch.equal(inputs[1].logits(inputs[0]), Head(inputs[1].weight.bfloat16(), *list(vars(inputs[1]).values())[1:]).logits(inputs[0]))
+        assert torch.equal(inputs[1].logits(inputs[0]), Head(inputs[1].weight.bfloat16(), *inputs[1][1:]).logits(inputs[0]))
         ours = all_of(chunked_loss, inputs, watched, chunk_bytes=rows * 50 * 4)
         plain = all_of(plain_loss, inputs, watched)
     for found, reference, true in zip(ours, plain, exact, strict=True):

