@@ -1,4 +1,5 @@
 # make quickstart   install, then train a small teacher and compress it (10 minutes)
+# make seq2seq-quickstart  the same with an encoder-decoder: Python functions -> what they do
 # make test         install, then lint, import rules, types and the fast tests
 # make check        make test, then the long tests; what CI runs
 # make soak         hours: a run killed again and again (KILLS=200 SEED=1)
@@ -7,7 +8,7 @@
 # Another Python:       make quickstart PYTHON=python3.12
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check soak
+.PHONY: help install quickstart seq2seq-quickstart test check soak
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -33,6 +34,9 @@ $(STAMP): constraints.txt pyproject.toml
 
 quickstart: $(STAMP)
 	$(BIN)/dqtrain quickstart
+
+seq2seq-quickstart: $(STAMP)
+	$(BIN)/dqtrain quickstart --seq2seq
 
 test: $(STAMP)
 	echo "ruff";          $(BIN)/ruff check && $(BIN)/ruff format --check

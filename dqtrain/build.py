@@ -115,25 +115,30 @@ def _online_teacher(config: RunConfig, world: World) -> TeacherEngine:
 def _cache_folder(config: RunConfig, shards: Path, model: PretrainedConfig) -> Path:
     """Where the teacher's words on the training samples are stored."""
     assert config.teacher is not None
-    layout = {"tokens_per_sample": config.data.tokens_per_sample, "pairs": config.data.pairs is not None, "start": model.decoder_start_token_id}
+    start = model.decoder_start_token_id if model.is_encoder_decoder else None
+    layout = {"tokens_per_sample": config.data.tokens_per_sample, "decoder_start_token_id": start}
     return cache_folder(shards, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.precision)
 
 
 def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
-    """Store what the teacher says about every training sample, where `teacher.source` says what. Collective. Raises ConfigError where it says online."""
-    if config.teacher is None or config.teacher.source == "online":
-        raise ConfigError("teacher.source is online, so that there is nothing to store; set it to hidden, sampled or top_k.")
+    """Store what the teacher says about every training sample, where `teacher.source` says what. Collective."""
+    assert config.teacher is not None and config.teacher.source != "online"
     metrics = Metrics(run, world, config.train.steps)
     _check_models(config)
+    path, tokenizer = model_directory(config.teacher.path), tokenizer_directory(config, run)
     shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
-    teacher = _online_teacher(config, world)
-    model = teacher.module.model.config
-    folder = broadcast_object(_cache_folder(config, shards["train"], model) if world.rank == 0 else Path())
-    stream = open_stream(shards["train"], config.data, model, config.run.seed, shuffle=False)
+    student = read_model_config(start_directory(config.student.init_from) if config.student.init_from else path)
+    stream = open_stream(shards["train"], config.data, student, config.run.seed, shuffle=False)
+    check_vocabulary(student, stream.vocab_size, str(path), tokenizer)
+    check_same_tokenizer(tokenizer, path)
+    folder = broadcast_object(_cache_folder(config, shards["train"], student) if world.rank == 0 else Path())
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     progress = metrics.phase("storing the teacher's words")
-    write_cache(folder, config.teacher, teacher, stream, config.train.micro_batch, config.run.seed, dtype, world, progress)
-    metrics.say(f"{stream.num_samples:,} samples in {folder}")
+    teacher = _online_teacher(config, world)
+    about = write_cache(folder, config.teacher, teacher, stream, config.train.micro_batch, config.run.seed, dtype, world, progress)
+    samples, tokens, ids, size = (about[key] for key in ("num_samples", "num_tokens", "num_ids", "num_bytes"))
+    what = f", {ids / tokens:.1f} ids per token" if ids else ""
+    metrics.say(f"{samples:,} samples, {tokens:,} target tokens{what}, {size / 1e6:,.1f} MB in {folder}")
 
 
 CALIBRATION_SAMPLES = 32
@@ -227,8 +232,11 @@ def open_stream(folder: Path, data: Data, model: PretrainedConfig, seed: int, sh
     return PairStream(folder, seed, shuffle, pad, model.decoder_start_token_id if model.is_encoder_decoder else None)
 
 
-def student_model(config: RunConfig, vocab_size: int, eos_token_id: int) -> tuple[PreTrainedModel, Coverage | None, LayerMaps]:
-    """The student's model, quantized if the config says so, its Coverage (None if it is not), and the teacher's layer of each of its layers."""
+def student_model(config: RunConfig, vocab_size: int = 0, eos_token_id: int = 0) -> tuple[PreTrainedModel, Coverage | None, LayerMaps]:
+    """The student's model, quantized if the config says so, its Coverage (None if it is not), and the teacher's layer of each of its layers.
+
+    The tokenizer's size and end of text are for a new model alone.
+    """
     source = config.student.init_from
     learned: dict[str, Tensor] = {}
     if config.student.architecture is not None:

@@ -106,15 +106,16 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", "measure on this machine, side by side", "dqtrain bench quantizers")
     bench.add_argument(
         "what",
-        choices=["quantizers", "head"],
-        help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss",
+        choices=["quantizers", "head", "terms"],
+        help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss; terms: what each adds to a step",
     )
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
     generate.add_argument("model", type=Path, help="packed artifact or Hugging Face directory")
     generate.add_argument("prompt")
     generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
-    quickstart = command("quickstart", "train a small teacher on the Python standard library and compress it to 2-2-8", "dqtrain quickstart --ablate")
+    quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
     quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
+    quickstart.add_argument("--seq2seq", action="store_true", help="an encoder-decoder that says what Python functions do, cut to one decoder layer")
     quickstart.add_argument("--seed", type=int, default=1, help="seed of both runs (default 1); another seed uses another pair of run directories")
     return parser
 
@@ -129,7 +130,7 @@ def _check_paths(config: RunConfig) -> None:
     for source in (config.data.train, config.data.validation, config.data.test):
         for name in (source,) if isinstance(source, str) else source or ():
             if not name.startswith("builtin:") and not Path(name).is_file():
-                raise ConfigError(f"data: {name} is not a file. Give corpus files (.txt, .jsonl) or builtin:python-stdlib.")
+                raise ConfigError(f"data: {name} is not a file. Give corpus files (.txt, .jsonl, .csv), builtin:python-stdlib or builtin:python-docstrings.")
 
 
 def train(config: RunConfig, ranks: int | None = None) -> int:
@@ -152,7 +153,11 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
 
 def cache_teacher(config: RunConfig, ranks: int | None = None) -> int:
     """Store the teacher's words with `ranks` processes on this machine; the exit code."""
+    if config.teacher is None or config.teacher.source == "online":
+        what = "teacher is null" if config.teacher is None else "teacher.source is online"
+        raise ConfigError(f"{what}, so that there is nothing to store. Set teacher.source to hidden, sampled or top_k.")
     if "RANK" in os.environ:
+        stop_at_once()
         from dqtrain.rank import run_rank
 
         return run_rank(config, "cache-teacher")
@@ -202,7 +207,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "quickstart":
         from dqtrain.quickstart import quickstart
 
-        return quickstart(train, args.seed, args.ablate)
+        return quickstart(train, args.seed, args.ablate, args.seq2seq)
     if args.command == "eval":
         return _evaluate(args.model, args.split, args.data, args.tokens_per_sample, args.config)
     if args.command == "cache-teacher":
@@ -218,9 +223,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
         return inspect(args.model, args.quant, args.config, args.grid, args.group_size, args.json)
     if args.command == "bench":
-        from dqtrain.bench import head, quantizers
+        from dqtrain.bench import head, quantizers, terms
 
-        print(head.run() if args.what == "head" else quantizers.run())
+        print(head.run() if args.what == "head" else terms.run() if args.what == "terms" else quantizers.run())
         return 0
     if args.command == "export":
         from dqtrain.artifact.export import export

@@ -240,6 +240,8 @@ class Quant(Block):
     """Word embeddings, and the head when tied to them; null: float."""
     positions: WeightQuant | None
     """Position embeddings, T5's relative bias among them; null: float."""
+    float_head: bool = False
+    """A quirk of DQ-BART's published code: a head that is tied to the word embeddings reads the table before rounding; the artifact then holds it beside the codes."""
     vectors: Literal["fp32", "bf16"] = "fp32"
     """Norms and biases: as they are, or rounded to bf16 in every forward (straight-through), so that the artifact holds them in 2 bytes."""
     activations: ActivationQuant | None
@@ -322,7 +324,7 @@ class Distill(Block):
     contrast: Contrast | None = None
     """Token-level contrast with the teacher's hidden states (QuantGPT); null: not computed."""
     padding_counts: bool = False
-    """A quirk of DQ-BART's published code: padded positions count in the terms that compare with the teacher."""
+    """A quirk of DQ-BART's published code: padded positions count in the logits, hidden and attention terms."""
 
     @property
     def teacher_terms(self) -> tuple[str, ...]:
@@ -412,8 +414,10 @@ class RunConfig(Block):
         if self.teacher is not None and self.teacher.source != "online":
             known = {"hidden": {"logits", "contrast"}, "sampled": {"logits"}, "top_k": {"logits"}}[self.teacher.source]
             missing = [name for name in self.distill.teacher_terms if name not in known]
-            if missing or (self.distill.contrast is not None and self.distill.contrast.layer is not None):
-                raise ValueError(f"distill.{(missing or ['contrast.layer'])[0]} needs more than teacher.source {self.teacher.source} stores; set it to online")
+            missing += ["contrast.layer"] * (self.distill.contrast is not None and self.distill.contrast.layer is not None)
+            missing += ["padding_counts"] * self.distill.padding_counts
+            if missing:
+                raise ValueError(f"distill.{missing[0]} needs more than teacher.source {self.teacher.source} stores; set it to online")
             logits = self.distill.logits
             if self.teacher.source != "hidden" and logits and (logits.divergence not in ("cross_entropy", "forward_kl") or logits.tokens != "equal"):
                 raise ValueError(

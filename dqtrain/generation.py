@@ -17,7 +17,16 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PretrainedConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from dqtrain.config import Generation, Pairs
 from dqtrain.data.corpus import references
@@ -126,6 +135,8 @@ def generate(
             ngrams = [_NoRepeat(settings.no_repeat_ngram_size, begin)] if settings.no_repeat_ngram_size else []
             # Under ZeRO-3 autocast's cache would keep the bf16 copy of every weight that is gathered.
             autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=not synced)
+            # transformers sizes T5's cache by its encoder, which may have fewer layers than the decoder.
+            cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if is_encoder_decoder else {}
             with autocast, _seeded(number, world.device) if settings.dropout else nullcontext():
                 ended = whole_model.generate(
                     ids.to(world.device),
@@ -133,6 +144,7 @@ def generate(
                     generation_config=search,
                     logits_processor=LogitsProcessorList(ngrams),
                     synced_gpus=synced and world.world_size > 1,
+                    **cache,
                 )
             if number < len(batches):
                 texts = tokenizer.batch_decode(ended[:, begin:], skip_special_tokens=True)

@@ -325,8 +325,11 @@ def _stacks(config: PretrainedConfig) -> list[tuple[str, ...]]:
 
 
 def cut(model: PreTrainedModel, maps: LayerMaps) -> PreTrainedModel:
-    """A model of the layers that `maps` names, all other weights copied (DQ-BART, section 3.3)."""
+    """A model of the layers that `maps` names, all other weights copied (DQ-BART, section 3.3). Raises ConfigError where a layer depends on its number."""
     config = copy.deepcopy(model.config)
+    for key in ("scale_attn_by_inverse_layer_idx", "attention_layers"):
+        if getattr(config, key, None):
+            raise ConfigError(f"{type(model).__name__} has {key}, by which a layer depends on its number, so that it cannot be cut. Keep all layers.")
     for names, kept in zip(_stacks(config), maps, strict=False):
         for name in names:
             setattr(config, name, len(kept))

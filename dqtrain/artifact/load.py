@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from dqtrain import checkpoint
@@ -30,6 +31,9 @@ def load_artifact(path: Path | str) -> PreTrainedModel:
     stored = read_weights(folder, about)
     activations = about["activations"] and ActivationQuant(**about["activations"])
     quantize_activations(model, Coverage.from_json(json.dumps(about["coverage"])), activations)
+    for name in stored.keys() & model.state_dict().keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys():
+        # A tied head that was trained to read the table before rounding has a tensor of its own.
+        model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(torch.empty_like(stored[name]))
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in stored:

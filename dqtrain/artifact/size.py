@@ -19,7 +19,7 @@ from torch import nn
 
 from dqtrain.artifact.format import METADATA, describe
 from dqtrain.quant.grid import GRIDS, MinMaxAffine
-from dqtrain.quant.modules import Coverage, is_learned_scale, quantized_parameters, rounded_vectors
+from dqtrain.quant.modules import Coverage, is_learned_scale, latent_heads, quantized_parameters, rounded_vectors
 from dqtrain.quant.pack import packed_bytes
 
 MIB = 2**20
@@ -75,6 +75,7 @@ def float_part(model: nn.Module, nonzero_buffers: Collection[str] = ()) -> Float
         for name, parameter in model.named_parameters()
         if name not in in_codes
     ]
+    tensors += [StoredTensor(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in latent_heads(model)]
     for name, buffer in model.named_buffers():
         if name in state and (name in nonzero_buffers if buffer.is_meta else bool(buffer.any())):
             tensors.append(StoredTensor(name, buffer.dtype, tuple(buffer.shape)))

@@ -34,6 +34,8 @@ class Positions:
 
     def over_sources(self, values: Tensor) -> Tensor:
         """Values of the encoder's positions [samples, source tokens] -> sum over target tokens."""
+        if self.padding_counts:  # then each sample has as many target positions as any other
+            return values.mean() * self.num_targets.sum()
         return (self.mean_of_sources(values) * self.num_targets).sum()
 
     def mean_of_sources(self, values: Tensor) -> Tensor:

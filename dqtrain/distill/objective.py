@@ -5,7 +5,7 @@ step's number of target tokens over all ranks and micro-batches. What moves once
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,11 @@ class Objective(nn.Module):
         self.contrast = self.token_weights = None
         self.divergence: Callable[[Tensor, Tensor], Tensor] | None = None
         if settings.contrast is not None and "contrast" in live:
-            config = student.model.config
-            self.contrast = TokenContrast(settings.contrast, config.vocab_size, config.hidden_size, positions)
+            config, layer = student.model.config, settings.contrast.layer
+            is_last = layer is None or (maps is not None and layer == len(maps.decoder) - 1)
+            head: Any = student.model.get_output_embeddings()
+            width = head.in_features if is_last else config.hidden_size  # OPT-350m's head is narrower than its layers
+            self.contrast = TokenContrast(settings.contrast, config.vocab_size, width, positions)
         if settings.logits is not None and "logits" in live:
             self.divergence = _divergence(settings.logits, beta)
             self.token_weights = TokenWeights(settings.logits.tokens) if settings.logits.tokens != "equal" else None
@@ -99,7 +102,7 @@ class Objective(nn.Module):
         if self.settings.task == 0 and self.divergence is None:
             return student.hidden.new_zeros(()), {}
         where = torch.ones_like(inputs.is_target) if self.settings.padding_counts else inputs.is_target
-        share = inputs.is_target.sum() / max(1, where.sum().item()) if self.settings.padding_counts else 1.0
+        share = inputs.is_target.sum() / max(1, where.numel()) if self.settings.padding_counts else 1.0
         rows = [labels[where]]
         if taught is not None and taught.ids is not None and taught.shares is not None:
             rows += [taught.ids, taught.shares]

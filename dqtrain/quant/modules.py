@@ -353,6 +353,10 @@ def _quantize_parameter(holders: list[_Holder], config: Quant) -> CoverageRow:
     quantizer = WeightQuantizer(settings.grid, settings.bits, settings.granularity, settings.group_size, first.row_axis, config.scale_dtype == "portable")
     num_scales = quantizer.num_scales(row.shape, first.name)
     learned = {name: nn.Parameter(torch.ones(num_scales, device=weight.device)) for name in quantizer.learned}
+    if config.float_head and kind == "embeddings":
+        for head in [holder for holder in holders if holder.kind == "linears"]:
+            head.module.reads_latent = True  # type: ignore[assignment]
+            holders = [holder for holder in holders if holder is not head]
     for holder in holders:
         _mix_in(holder.module, QuantizedParameters)
         holder.module.__dict__.setdefault("weight_quantizers", {})[holder.key] = quantizer
@@ -470,6 +474,15 @@ def served_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, quantized[name].quantizer.value(parameter, quantized[name].scales())
         elif name not in scales:
             yield name, _RoundToBf16.apply(parameter) if name in rounded else parameter.detach()
+    for name, parameter in latent_heads(model):
+        yield name, parameter.detach()
+
+
+def latent_heads(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Heads that read a tied, quantized table before rounding (`quant.float_head`), by the name that the table has there."""
+    for name, module in model.named_modules():
+        if module.__dict__.get("reads_latent"):
+            yield f"{name}.weight", module._parameters["weight"]
 
 
 def rounded_vectors(model: nn.Module) -> set[str]:

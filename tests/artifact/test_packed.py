@@ -1,15 +1,18 @@
 """The artifact computes what was trained, and refuses to load when anything about it is wrong."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
+from families import FAMILIES, IDS
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import dqtrain
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.load import load_artifact
+from dqtrain.artifact.size import artifact_bytes, float_part
 from dqtrain.config import BITS_OF_GRID, Quant
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models import load_model
@@ -172,3 +175,23 @@ def test_verify_notices_one_changed_weight(world, tmp_path):
     model.transformer.h[0].attn.c_attn.weight.data[3, 5] += 1.0
     with pytest.raises(CheckpointError, match=r"c_attn\.weight is not what was trained"):
         parity.verify(model, tmp_path / "packed")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bart", "mbart", "t5"])
+def test_a_head_that_reads_the_table_before_rounding_has_a_tensor_of_its_own(family, tmp_path):
+    """`quant.float_head`, as in DQ-BART's published code: the tied table is in codes for the embedding and float for the head."""
+    model = FAMILIES[family]().eval()
+    assert model.config.tie_word_embeddings
+    plain, quant = copy.deepcopy(model), settings(float_head=True)
+    coverage = quantize_model(model, quant)
+    hidden = torch.randn(3, model.get_output_embeddings().in_features)
+    assert torch.equal(model.get_output_embeddings()(hidden), plain.get_output_embeddings()(hidden))
+    assert not torch.equal(model.get_input_embeddings()(IDS), plain.get_input_embeddings()(IDS))
+    model.config.save_pretrained(tmp_path)
+    format.write(model, tmp_path, {"checkpoint": "step-000000000", **about(quant, coverage)})
+    parity.verify(model, tmp_path)
+    loaded = load_artifact(tmp_path)
+    assert torch.equal(loaded.get_output_embeddings().weight, plain.get_output_embeddings().weight)
+    assert not torch.equal(loaded.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert artifact_bytes(coverage, float_part(model), {"checkpoint": "step-000000000", **about(quant, coverage)}).weights == size
