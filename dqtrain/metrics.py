@@ -73,7 +73,7 @@ class Phase:
             return
         self._shown = share
         left = (time.monotonic() - self._started) / done * (total - done)
-        text = f"{done / total:4.0%} {self._name}: {done:,} of {total:,} batches  {_clock(left)} left"
+        text = f"{done / total:4.0%} {self._name}: {done:,} of {total:,}  {_clock(left)} left"
         if self._stream.isatty():
             text = f"\r[{'=' * (BAR_CHARACTERS * done // total):<{BAR_CHARACTERS}}] {text}\x1b[K" + ("\n" if done == total else "")
         else:
