@@ -65,6 +65,9 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     check_vocabulary(student.config, streams["train"].vocab_size, name, tokenizer)
     if config.teacher is not None:
         check_same_tokenizer(tokenizer, model_directory(config.teacher.path))
+    contrast = config.distill.contrast
+    if contrast is not None and contrast.layer is not None and contrast.layer >= len(maps.decoder):
+        raise ConfigError(f"distill.contrast.layer is {contrast.layer}, but the student has {len(maps.decoder)} decoder layers, counted from 0.")
     wanted = needed_outputs(config.distill)
     language_model = LanguageModel(student, config.train.precision, **wanted)
     calibrate(student, lambda: _show_samples(language_model, streams["train"], config))

@@ -7,6 +7,7 @@ which the signal handlers and PR_SET_PDEATHSIG belong to, and before the process
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -55,7 +56,7 @@ def run_ranks(command: Sequence[str], ranks: int, run: RunDir, env: Mapping[str,
         base = dict(os.environ if env is None else env)
         if ranks > 1:
             base.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-        base |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        base |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in range(ranks):
             output = stack.enter_context(run.rank_log(rank).open("ab")) if rank > 0 else None
             processes.append(_start(command, {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
@@ -136,7 +137,14 @@ def _exit_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A port of this machine that nobody listens on now.
+
+    Below those that the system gives to outgoing connections (ip_local_port_range begins at 32768), such as gloo's own: one of these may be
+    taken by any process before rank 0 listens on it.
+    """
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port

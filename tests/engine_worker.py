@@ -6,7 +6,6 @@ Starting a group costs seconds and a job far less, so that many jobs share one. 
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import initialise_scales, is_learned_scale, quantize_model
 from dqtrain.trainer import seed_micro_batch
 from dqtrain.world import World, barrier, init_world, sum_over_ranks
+from launch.local import free_port
 
 VOCAB, TOKENS, SAMPLES = 97, 12, 2
 NUM_TARGETS = [[24, 9, 0, 15], [0, 24, 0, 13], [5, 1, 24, 0]]
@@ -336,10 +336,7 @@ def fill_disk(world: World, folder: Path) -> None:
 def start_ranks(folder: Path, num_ranks: int, jobs: list[tuple[str, dict[str, Any]]]) -> None:
     """Do the jobs on so many ranks; a rank that fails fails the test, with the output of all."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(folder), json.dumps(jobs)]
     with tempfile.TemporaryFile("w+") as output:
         ranks = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=output, stderr=output) for r in range(num_ranks)]

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from dqtrain.errors import ConfigError, DataError
 from dqtrain.generation import check_generation, generate, score, write_predictions
 from dqtrain.quant.modules import quantize_model
 from dqtrain.world import World, init_world
+from launch.local import free_port
 
 VOCAB, END, PAD, START = 16, 0, 1, 2
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -318,10 +318,7 @@ def one_rank(folder):
 
 
 def test_two_ranks_write_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as output:
         command = [sys.executable, __file__, str(tmp_path)]
         ranks = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=output, stderr=output) for r in range(2)]

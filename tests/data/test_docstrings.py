@@ -35,7 +35,7 @@ def test_sources_are_functions_without_docstring_and_targets_sentences():
         (function,) = ast.parse(source).body
         assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         assert ast.get_docstring(function) is None or target not in source
-        assert 3 <= len(source.splitlines()) <= 60
+        assert source.startswith("# ") and 3 <= len(source.splitlines()) - 1 <= 60
         assert target.isascii() and target.isprintable() and target[0].isupper() and target[-1] == "."
         assert 3 <= len(target.split()) <= 20
 
@@ -107,8 +107,8 @@ at the margin
         x = 1
         return x
 '''
-    first = "def first(\n    self, x: int\n) -> int:\n# a comment at the margin\n    y = x + 1\n    return y"
-    fourth = "async def fourth(self):\n    # a reason\n\n    return await self.x"
+    first = "# first\ndef first(\n    self, x: int\n) -> int:\n# a comment at the margin\n    y = x + 1\n    return y"
+    fourth = "# fourth\nasync def fourth(self):\n    # a reason\n\n    return await self.x"
     assert [(source, target) for source, _, target in docstrings._functions_in(text)] == [
         (first, "Return the first of them."),
         (fourth, "Wait for the fourth one."),
