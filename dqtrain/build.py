@@ -1,5 +1,6 @@
 """RunConfig -> objects: the one place where a knob becomes an argument."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from dqtrain.models import (
     check_vocabulary,
     cut,
     empty_model,
+    has_norm_behind,
     inputs_of,
     layer_map,
     load_model,
@@ -65,14 +67,11 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     check_vocabulary(student.config, streams["train"].vocab_size, name, tokenizer)
     if config.teacher is not None:
         check_same_tokenizer(tokenizer, model_directory(config.teacher.path))
-    contrast = config.distill.contrast
-    if contrast is not None and contrast.layer is not None and contrast.layer >= len(maps.decoder):
-        raise ConfigError(f"distill.contrast.layer is {contrast.layer}, but the student has {len(maps.decoder)} decoder layers, counted from 0.")
     wanted = needed_outputs(config.distill)
     language_model = LanguageModel(student, config.train.precision, **wanted)
     calibrate(student, lambda: _show_samples(language_model, streams["train"], config))
     teacher: TeacherEngine | CachedTeacher | None = None
-    beta = None
+    beta, weight = None, 1.0
     if config.teacher is not None and config.distill.teacher_terms:
         logits = config.distill.logits
         if config.teacher.source == "online":
@@ -81,9 +80,11 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
             folder = broadcast_object(_cache_folder(config, shards["train"], student.config) if world.rank == 0 else Path())
             teacher = CachedTeacher(folder, f"dqtrain cache-teacher {run.config}", world.device)
         if logits is not None and logits.divergence == "confidence_kl" and logits.beta is None:
-            beta = _mean_confidence(teacher, streams["train"], config)
+            beta = _first_mean(teacher, streams["train"], config, lambda said, labels: terms.confidence(said))
             metrics.say(f"the teacher's mean confidence, beta of confidence_kl, is {beta:.4f}")
-    objective = Objective(language_model, config.distill, maps, config.data.longest_target, beta)
+        if logits is not None and logits.tokens != "equal":
+            weight = _first_mean(teacher, streams["train"], config, functools.partial(terms.token_weights, logits.tokens))
+    objective = Objective(language_model, config.distill, maps, config.data.longest(student.config.is_encoder_decoder), beta, weight)
     if world.rank == 0:
         student.config.save_pretrained(run.student)
         if student.generation_config is not None:
@@ -145,13 +146,14 @@ def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
 
 
 CALIBRATION_SAMPLES = 32
-"""Training samples that learned activation scales start from."""
+"""Training samples that learned activation scales, and what is measured of the teacher, start from."""
 
 
 def _show_samples(student: LanguageModel, stream: AnyStream, config: RunConfig) -> None:
     """Run the student on the first samples of the training, the same ones on every rank."""
     for batch in _first_batches(stream, config):
-        student.logits(inputs_of(batch, torch.device("cpu"))[0])
+        inputs, _ = inputs_of(batch, torch.device("cpu"))
+        student.through_head(student(inputs, layers=False).hidden[inputs.is_target], lambda hidden, head: None)
 
 
 def _first_batches(stream: AnyStream, config: RunConfig) -> Iterator[Batch]:
@@ -159,17 +161,23 @@ def _first_batches(stream: AnyStream, config: RunConfig) -> Iterator[Batch]:
         yield stream.batch(range(start, start + config.train.micro_batch))
 
 
-def _mean_confidence(teacher: TeacherEngine | CachedTeacher, stream: AnyStream, config: RunConfig) -> float:
-    """The teacher's mean largest probability on the first samples of the training, the same number on every rank. Collective."""
-    sums = torch.zeros(2, dtype=torch.float64)
+def _first_mean(
+    teacher: TeacherEngine | CachedTeacher, stream: AnyStream, config: RunConfig, values: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> float:
+    """Mean of `values(teacher's logits, labels)` over the target tokens of the first samples, the same number on every rank. Collective."""
+
+    def add(said: torch.Tensor, _: None, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return said.new_zeros(()), {"sum": values(said, labels).double().sum(), "count": said.new_tensor(float(len(said)), dtype=torch.float64)}
+
+    total = count = 0.0
     for batch in _first_batches(stream, config):
-        inputs, _ = inputs_of(batch, teacher.device)
-        with teacher.teaching(batch, inputs) as taught:
+        inputs, labels = inputs_of(batch, teacher.device)
+        with torch.no_grad(), teacher.teaching(batch, inputs, layers=False) as taught:
             assert taught.outputs is not None and taught.head is not None
             hidden = taught.outputs.hidden[inputs.is_target]
-            _, parts = chunked_loss(hidden, taught.head, None, None, [], lambda said, _: (said.new_zeros(()), {"sum": terms.confidence(said).double().sum()}))
-            sums += torch.stack([parts["sum"].cpu(), torch.tensor(float(len(hidden)), dtype=torch.float64)])
-    return float(sums[0] / sums[1])
+            _, parts = chunked_loss(hidden, taught.head, None, None, [labels[inputs.is_target]], add)
+        total, count = total + parts["sum"].item(), count + parts["count"].item()
+    return total / count
 
 
 def _check_models(config: RunConfig) -> None:
@@ -181,8 +189,9 @@ def _check_models(config: RunConfig) -> None:
         check_length(model, config.data, name)
     if len(configs) == 2:
         names = ["is_encoder_decoder", "vocab_size"] + ["hidden_size"] * bool({"hidden", "contrast"} & set(config.distill.teacher_terms))
-        names += ["num_attention_heads"] * ("attention" in config.distill.teacher_terms)
-        for name in names:
+        names += ["num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"] * ("attention" in config.distill.teacher_terms)
+        names += ["decoder_start_token_id"]
+        for name in [name for name in names if all(hasattr(model, name) for model in configs.values())]:
             teacher, student = (getattr(model, name) for model in configs.values())
             if teacher != student:
                 raise ConfigError(
@@ -263,18 +272,18 @@ def student_model(config: RunConfig, vocab_size: int = 0, eos_token_id: int = 0)
         )
     if maps != everything:
         model = cut(model, maps)
-    if source is not None and config.teacher is not None:
-        theirs = all_layers(read_model_config(model_directory(config.teacher.path)))
-        maps = LayerMaps(
-            *(
-                layer_map(len(ours), len(layers), f"the number of the student's {name} layers")
-                for name, ours, layers in zip(("decoder", "encoder"), maps, theirs, strict=True)
-                if ours
-            )
-        )
+    if config.teacher is not None:
+        maps = _teacher_layers(config, model, maps, everything)
     if config.quant is None:
         return model, None, maps
     coverage = quantize_model(model, config.quant)
+    head = model.get_output_embeddings()
+    is_own = getattr(head, "weight_quantizers", None) and head.weight is not model.get_input_embeddings().weight
+    if is_own and not config.distill.task and "logits" not in config.distill.teacher_terms:
+        raise ConfigError(
+            f"the head of {type(model).__name__} is not tied to its embeddings and is quantized, but no live term trains it. "
+            "Add distill.logits or distill.task, or keep it float with an entry of quant.overrides."
+        )
     if learned:
         assert source is not None
         before = {row.name: row for row in Coverage.from_json(RunDir(source).coverage.read_text()).rows}
@@ -287,6 +296,38 @@ def student_model(config: RunConfig, vocab_size: int = 0, eos_token_id: int = 0)
             for name in learned.keys() & parameters.keys():  # what is learned of activations
                 parameters[name].data.copy_(learned[name])
     return model, coverage, maps
+
+
+def _teacher_layers(config: RunConfig, student: PreTrainedModel, maps: LayerMaps, before: LayerMaps) -> LayerMaps:
+    """The teacher's layer of each layer of a student that was cut by `maps` from a model of the layers `before`.
+
+    Raises ConfigError when a live term cannot follow the map: for a student that is deeper, and where the last states, behind a norm, would be compared
+    with the states of an inner layer, which are before it.
+    """
+    assert config.teacher is not None
+    settings, live = config.distill, config.distill.teacher_terms
+    layer = settings.contrast.layer if settings.contrast is not None and "contrast" in live else None
+    if not {"hidden", "attention"} & set(live) and layer is None:
+        return maps
+    theirs = all_layers(read_model_config(model_directory(config.teacher.path)))
+    if before != theirs:  # from another model: spaced as if it had been cut from the teacher
+        for side, ours, layers in zip(LayerMaps._fields, maps, theirs, strict=True):
+            if len(ours) > len(layers):
+                raise ConfigError(
+                    f"the student has {len(ours)} {side} layers, but {config.teacher.path} has {len(layers)}, and distill compares them layer by layer. "
+                    "Cut the student, or leave out distill.hidden, distill.attention and distill.contrast.layer."
+                )
+        maps = LayerMaps(*(layer_map(len(ours), len(layers), "") for ours, layers in zip(maps, theirs, strict=True) if ours))
+    if layer is not None and layer >= len(maps.decoder):
+        raise ConfigError(f"distill.contrast.layer is {layer}, but the student has {len(maps.decoder)} decoder layers, counted from 0.")
+    for side, ours, layers in zip(LayerMaps._fields, maps, theirs, strict=False):
+        compared = bool(ours) and ("hidden" in live or (side == "decoder" and layer == len(ours) - 1))
+        if compared and ours[-1] != layers[-1] and has_norm_behind(student, encoder=side == "encoder"):
+            raise ConfigError(
+                f"student.{side}_layers ends with layer {ours[-1]}, but {type(student).__name__} has a norm behind its last layer, so that the student's last "
+                f"states can be compared with the teacher's last ones alone. End with {layers[-1]}, or leave out distill.hidden and distill.contrast.layer."
+            )
+    return maps
 
 
 def unigram_entropy(stream: AnyStream) -> float:
@@ -315,7 +356,9 @@ def evaluation_stream(
     source = tuple(files) if files else getattr(data, split)
     if not source:
         raise ConfigError(f"{path}: nothing says what to evaluate on; give --data FILE, or a run whose config has data.{split}.")
-    if tokens_per_sample is not None and data.pairs is None:
+    if tokens_per_sample is not None:
+        if data.pairs is not None:
+            raise ConfigError("--tokens-per-sample is for text, but data.pairs cuts sources and targets to their own lengths. Leave it out.")
         data = data.model_copy(update={"tokens_per_sample": tokens_per_sample})
     folder = prepare(source, split, tokenizer, root, data.text_field, pairs=data.pairs, encoder_decoder=model.config.is_encoder_decoder)
     check_vocabulary(model.config, read_index(folder)["vocab_size"], str(path), tokenizer)

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dqtrain.config import BITS_OF_GRID, RunConfig, check_ranks, load_config
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
     generate.add_argument("model", type=Path, help="packed artifact or Hugging Face directory")
-    generate.add_argument("prompt")
+    generate.add_argument("prompt", help="text to go on from; for an encoder-decoder the source, in the template of its training")
     generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
     quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
     quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
@@ -257,6 +258,7 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
     if config is not None and config.eval.generation is not None:
         writing = writing_of(config, load_tokenizer(run.student if run.config.is_file() else path), world, False)
         assert writing is not None
+        writing = replace(writing, precision="fp32", micro_batch=8)  # as the loss
         writing.corpora[split] = tuple(data) if data else getattr(config.data, split)
         scores |= writing.scores(model, split)
     print(json.dumps(scores))
@@ -267,7 +269,8 @@ def _generate(path: Path, prompt: str, tokens: int) -> int:
     """Print the prompt and its greedy continuation."""
     from dqtrain.artifact.load import complete, load_any
 
-    print(complete(load_any(path), path, prompt, tokens))
+    run = RunDir(path)
+    print(complete(load_any(path), run.student if run.config.is_file() else path, prompt, tokens))
     return 0
 
 

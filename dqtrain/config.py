@@ -38,18 +38,23 @@ class Teacher(Block):
     """Ids per token: drawn from the teacher's distribution (sampled; they repeat, about 12 differ), or the likeliest ones (top_k)."""
 
 
-Layers = Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None
-
-
 class Student(Block):
     architecture: dict[str, Any] | None = None
     """Keys of a Hugging Face model config, `model_type` among them: a new model with random weights (no teacher, no `init_from`)."""
     init_from: Path | None = None
     """A Hugging Face directory or a finished run whose weights (and scales) start the student; null: the teacher's weights."""
-    encoder_layers: Layers = None
+    encoder_layers: int | tuple[int, ...] | None = None
     """Encoder layers that the student keeps: their number (DQ-BART's maps of 6 layers, else spaced as far as they go), or which ones, from 0; null: all."""
-    decoder_layers: Layers = None
+    decoder_layers: int | tuple[int, ...] | None = None
     """Decoder layers that the student keeps, likewise; those of a causal model too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Student":
+        for key in ("encoder_layers", "decoder_layers"):
+            kept = getattr(self, key)
+            if isinstance(kept, int) and kept < 1 or isinstance(kept, tuple) and (not kept or kept[0] < 0 or list(kept) != sorted(set(kept))):
+                raise ValueError(f"student.{key} is {list(kept) if isinstance(kept, tuple) else kept}, but must be a number from 1, or ascending layers from 0")
+        return self
 
 
 class TrainTokenizer(Block):
@@ -96,10 +101,11 @@ class Data(Block):
     shards: Path | None = None
     """Folder of the token shards; null: `shards` in the run directory. Runs may share one."""
 
-    @property
-    def longest_target(self) -> int:
-        """Most tokens that a decoder or causal model reads of one sample."""
-        return self.tokens_per_sample or (self.pairs.source_tokens + self.pairs.target_tokens if self.pairs else 0)
+    def longest(self, encoder_decoder: bool) -> int:
+        """Most tokens that a decoder, or a causal model, reads of one sample."""
+        if self.pairs is None:
+            return self.tokens_per_sample or 0
+        return self.pairs.target_tokens + (0 if encoder_decoder else self.pairs.source_tokens)
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -335,6 +341,8 @@ class Distill(Block):
     def _check(self) -> "Distill":
         if not (self.task or self.teacher_terms):
             raise ValueError("distill has no term with a weight above 0; set distill.task or distill.logits")
+        if self.padding_counts and self.logits is not None and self.logits.tokens != "equal":
+            raise ValueError("distill.padding_counts counts what has no label, which no distill.logits.tokens but equal can weigh; set one of them back")
         return self
 
 
@@ -419,12 +427,17 @@ class RunConfig(Block):
             if missing:
                 raise ValueError(f"distill.{missing[0]} needs more than teacher.source {self.teacher.source} stores; set it to online")
             logits = self.distill.logits
-            if self.teacher.source != "hidden" and logits and (logits.divergence not in ("cross_entropy", "forward_kl") or logits.tokens != "equal"):
+            if self.teacher.source != "hidden" and logits and (logits.divergence, logits.temperature, logits.tokens) != ("cross_entropy", 1.0, "equal"):
                 raise ValueError(
-                    f"teacher.source {self.teacher.source} knows some ids alone, enough for distill.logits.divergence cross_entropy; set source to hidden"
+                    f"teacher.source {self.teacher.source} knows some ids alone, enough for a distill.logits of divergence cross_entropy, temperature 1 and tokens equal; "
+                    "set source to hidden"
                 )
         if self.eval.generation is not None and self.data.pairs is None:
             raise ValueError("eval.generation writes targets of sources, but data.pairs is null; set data.pairs, or eval.generation to null")
+        if self.eval.generation is not None and self.eval.generation.validation_samples and self.data.validation is None:
+            raise ValueError("eval.generation.validation_samples is set, but data.validation is null; name a validation corpus, or set it to 0")
+        if self.eval.generation is not None and self.data.test is None and not self.eval.generation.validation_samples:
+            raise ValueError("eval.generation has nothing to write for: data.test is null and eval.generation.validation_samples is 0; set one of them")
         if self.student.architecture is not None and (self.student.encoder_layers is not None or self.student.decoder_layers is not None):
             raise ValueError("student.encoder_layers and decoder_layers cut a model, but student.architecture makes a new one; give it its number of layers")
         if self.student.architecture is not None and (self.student.init_from or self.teacher):
@@ -459,8 +472,8 @@ def check_ranks(train: Train, world_size: int) -> None:
 
 PASSIVE = frozenset(
     "run.dir data.shards log.every_steps log.weights_every_steps checkpoint.every_steps checkpoint.keep_last eval.every_steps eval.max_samples export.checkpoint "
-    "zero.student zero.teacher zero.persistence_threshold".split()
-)
+    "zero.student zero.teacher zero.persistence_threshold eval.generation".split()
+) | {f"eval.generation.{name}" for name in Generation.model_fields}
 """Fields that may change when a run continues: the training goes on with the same samples and, up to the order of sums, the same numbers."""
 
 

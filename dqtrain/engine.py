@@ -121,14 +121,14 @@ class TeacherEngine:
         self._forward.eval()
 
     @torch.no_grad()
-    def __call__(self, inputs: Inputs) -> Outputs:
+    def __call__(self, inputs: Inputs, layers: bool = True) -> Outputs:
         """Run the module without gradient. Collective under ZeRO-3."""
-        return self._forward(inputs)
+        return self._forward(inputs, layers)
 
     @contextmanager
-    def teaching(self, batch: Batch, inputs: Inputs) -> Iterator[Taught]:
+    def teaching(self, batch: Batch, inputs: Inputs, layers: bool = True) -> Iterator[Taught]:
         """What the teacher says about a micro-batch; its head is whole on every rank within the context. Collective under ZeRO-3."""
-        said = self(inputs)
+        said = self(inputs, layers)
         with gather(self.module.head_parameters(), read_only=True):
             yield Taught(said, self.module.plain_head())
 

@@ -2,34 +2,21 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dqtrain.data.stream import IGNORED, AnyStream, Batch
+from dqtrain.data.stream import IGNORED, AnyStream
 from dqtrain.distill.chunked import chunked_loss
 from dqtrain.distill.terms import task
 from dqtrain.generation import Writing
-from dqtrain.models import Head, Inputs, LanguageModel, Taught, inputs_of
+from dqtrain.models import Head, LanguageModel, Teacher, inputs_of
 from dqtrain.quant.diagnose import Homogeneity
 from dqtrain.world import World, gather_objects, sum_over_ranks
-
-
-class Teacher(Protocol):
-    """Where a teacher's word comes from: a model beside the student, or a store."""
-
-    def teaching(self, batch: Batch, inputs: Inputs) -> AbstractContextManager[Taught]:
-        """What it says about a micro-batch, within a context. Collective."""
-        ...
-
-    def words(self) -> dict[str, float]:
-        """How alike its word embeddings are, if it knows them. Collective."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -109,8 +96,8 @@ def evaluate(
         if first >= num_samples:
             batch.labels.fill(IGNORED)
         inputs, labels = inputs_of(batch, world.device)
-        hidden = {"student": student(inputs).hidden[inputs.is_target]}
-        with teacher.teaching(batch, inputs) if teacher else nullcontext() as taught:
+        hidden = {"student": student(inputs, layers=False).hidden[inputs.is_target]}
+        with teacher.teaching(batch, inputs, layers=False) if teacher else nullcontext() as taught:
             if taught is not None and taught.outputs is not None:
                 hidden["teacher"] = taught.outputs.hidden[inputs.is_target]
             parts = _compare(student, hidden["student"], hidden.get("teacher"), taught.head if taught else None, labels[inputs.is_target])

@@ -7,8 +7,9 @@ two, so that the head is applied inside the loss (`distill/chunked.py`), and `lo
 import copy
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -107,6 +108,18 @@ class Taught(NamedTuple):
     shares: Tensor | None = None  # [target tokens, draws]: of the probability of the ids
 
 
+class Teacher(Protocol):
+    """Where a teacher's word comes from: a model beside the student, or a store."""
+
+    def teaching(self, batch: Batch, inputs: Inputs, layers: bool = True) -> AbstractContextManager[Taught]:
+        """What it says about a micro-batch, within a context; without `layers` nothing of inner layers, whatever it gives else. Collective."""
+        ...
+
+    def words(self) -> dict[str, float]:
+        """How alike its word embeddings are, if it knows them. Collective."""
+        ...
+
+
 class HeadLinear(nn.Linear):
     """A head that hands what it would multiply to a function instead: the (fake-quantized) weight exists inside its forward alone."""
 
@@ -119,7 +132,7 @@ class LanguageModel(nn.Module):
     """A transformers model as hidden states and a head.
 
     Decoders are padded on the right, where causal attention never looks, so that they need no attention mask; encoders get one. Quantizers of
-    activations that share a scale between tokens are told what is padded. With `states` and `attentions` it gives those of every layer too.
+    activations that share a scale between tokens are told what is padded. `states` and `attentions` of every layer are given where they are asked for.
     """
 
     def __init__(self, model: PreTrainedModel, precision: str = "fp32", states: bool = False, attentions: bool = False) -> None:
@@ -133,20 +146,21 @@ class LanguageModel(nn.Module):
         if isinstance(head, nn.Linear) and not isinstance(head, HeadLinear):
             set_own_class(head, HeadLinear)
 
-    def forward(self, inputs: Inputs) -> Outputs:
-        """Inputs -> Outputs, hidden states in fp32."""
+    def forward(self, inputs: Inputs, layers: bool = True) -> Outputs:
+        """Inputs -> Outputs, hidden states in fp32; without `layers` nothing of inner layers, whatever the constructor was asked for."""
         model: Any = self.model
+        wanted = self.wanted if layers else {}
         # Autocast sits inside the module: DeepSpeed switches an outer one off (measured).
         with self._autocast(inputs.ids):
             if inputs.source_ids is None:
                 with padding_of(model, inputs.is_real):
-                    said = model.base_model(input_ids=inputs.ids, use_cache=False, **self.wanted)
+                    said = model.base_model(input_ids=inputs.ids, use_cache=False, **wanted)
                 return self._outputs(said)
             mask = inputs.source_is_real
-            read = model.get_encoder()(input_ids=inputs.source_ids, attention_mask=mask, **self.wanted)
+            read = model.get_encoder()(input_ids=inputs.source_ids, attention_mask=mask, **wanted)
             decoder, states = model.get_decoder(), read.last_hidden_state
             with padding_of(decoder, inputs.is_real):
-                said = decoder(input_ids=inputs.ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False, **self.wanted)
+                said = decoder(input_ids=inputs.ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False, **wanted)
             return self._outputs(said, read)
 
     def through_head(self, hidden: Tensor, then: Callable[[Tensor, Head], Any]) -> Any:
@@ -167,7 +181,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Inputs -> logits [target tokens, vocabulary], row-major over the target positions, in fp32."""
-        return self.through_head(self(inputs).hidden[inputs.is_target], lambda hidden, head: head.logits(hidden))
+        return self.through_head(self(inputs, layers=False).hidden[inputs.is_target], lambda hidden, head: head.logits(hidden))
 
     def _head(self, weight: Tensor, bias: Tensor | None) -> Head:
         added = getattr(self.model, "final_logits_bias", None)
@@ -290,6 +304,20 @@ DQ_BART_MAPS = {1: (5,), 2: (0, 5), 3: (0, 2, 5), 4: (0, 2, 3, 5), 5: (0, 1, 3, 
 """Layers kept of 6 (DQ-BART, Li et al., ACL 2022; its code's distill_mappings)."""
 
 
+@torch.no_grad()
+def has_norm_behind(model: PreTrainedModel, encoder: bool = False) -> bool:
+    """Whether the last states of a model's decoder, or encoder, are more than what its last layer gives: those of models with a norm behind all layers."""
+    stack: Any = model.get_encoder() if encoder else model.get_decoder()
+    blocks = next(module for module in stack.modules() if isinstance(module, nn.ModuleList))
+    given: list[Tensor] = []
+    hook = blocks[-1].register_forward_hook(lambda module, inputs, output: given.append(output[0] if isinstance(output, tuple) else output))
+    ids = torch.arange(4)[None] % model.config.vocab_size
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    said = LanguageModel(model, states=True)(Inputs(ids, everything, *((ids, everything) if model.config.is_encoder_decoder else ())), layers=True)
+    hook.remove()
+    return not torch.equal((said.encoder if encoder else said.decoder).states[-1], given[0])
+
+
 def layer_map(kept: int | tuple[int, ...] | None, num_layers: int, key: str) -> tuple[int, ...]:
     """Which of so many layers a student keeps, ascending: `kept` itself, or so many, spaced as far as they go (DQ-BART's choice of 6).
 
@@ -327,8 +355,10 @@ def _stacks(config: PretrainedConfig) -> list[tuple[str, ...]]:
 def cut(model: PreTrainedModel, maps: LayerMaps) -> PreTrainedModel:
     """A model of the layers that `maps` names, all other weights copied (DQ-BART, section 3.3). Raises ConfigError where a layer depends on its number."""
     config = copy.deepcopy(model.config)
-    for key in ("scale_attn_by_inverse_layer_idx", "attention_layers"):
-        if getattr(config, key, None):
+    depths = {len(layers) for layers in all_layers(config)}
+    for key, value in config.to_dict().items():
+        by_number = key in ("scale_attn_by_inverse_layer_idx", "mlp_only_layers") and value
+        if by_number or (isinstance(value, list) and len(value) in depths and key not in ("layer_types", "architectures")):
             raise ConfigError(f"{type(model).__name__} has {key}, by which a layer depends on its number, so that it cannot be cut. Keep all layers.")
     for names, kept in zip(_stacks(config), maps, strict=False):
         for name in names:
@@ -350,7 +380,7 @@ def cut(model: PreTrainedModel, maps: LayerMaps) -> PreTrainedModel:
             if name.startswith(prefix):
                 index, rest = name[len(prefix) :].split(".", 1)
                 moved = f"{prefix}{kept[int(index)]}.{rest}"
-                return moved if moved in weights else name  # T5's relative bias is in its first block alone
+                return name if "relative_attention_bias" in name else moved  # T5's is in its first block alone
         return name
 
     student.load_state_dict({name: weights[source(name)] for name in student.state_dict()})

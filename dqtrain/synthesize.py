@@ -46,7 +46,7 @@ def synthesize(
     """
     if out.suffix != ".jsonl":
         raise ConfigError(f"{out}: a corpus of documents is a .jsonl file; give a name that ends so.")
-    for name, value, least in (("num_documents", num_documents, 1), ("tokens", tokens, 2), ("batch", batch, 1)):
+    for name, value, least in (("num_documents", num_documents, 1), ("tokens", tokens, 2), ("batch", batch, 1), ("seed", seed, 0)):
         if value < least:
             raise ConfigError(f"{name} is {value}, but must be {least} or more.")
     config = read_model_config(teacher)

@@ -16,10 +16,10 @@ from dqtrain.config import RunConfig, Train
 from dqtrain.data.stream import IGNORED, AnyStream, Batch
 from dqtrain.engine import StudentEngine
 from dqtrain.errors import CheckpointError, NumericsError, Stopped
-from dqtrain.evaluate import Evaluation, Teacher
+from dqtrain.evaluate import Evaluation
 from dqtrain.files import write_text
 from dqtrain.metrics import Metrics
-from dqtrain.models import inputs_of
+from dqtrain.models import Teacher, inputs_of
 from dqtrain.quant.modules import check_all_ran
 from dqtrain.rundir import RunDir
 from dqtrain.signals import StopRequest, stop_at_once
@@ -128,8 +128,9 @@ class Trainer:
         """Score the validation split, log it, and keep the checkpoint if it is the best so far. Collective."""
         self.student.mode(training=False)
         scores = self.evaluation.validate(self.student.model)
-        shown = {name: value for name, value in scores.items() if "hidden" in name or "teacher" in name or name in ("agreement", "num_tokens")}
-        self.metrics.log_scores(self.step, **{f"validation_{name}": value for name, value in scores.items() if name not in shown})
+        shown = {name: scores.pop(name) for name in list(scores) if "hidden" in name or "teacher" in name}
+        logged = {f"validation_{name}": value for name, value in scores.items() if name not in ("agreement", "num_tokens")}
+        self.metrics.log_scores(self.step, **logged)
         self.metrics.show(self.step, shown)
         if self.best is None or scores["loss"] < self.best["loss"]:
             self.best = {"step": self.step, "loss": scores["loss"]}

@@ -77,6 +77,8 @@ def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> st
     tokenizer = load_tokenizer(path)
     longest = getattr(model.config, "max_position_embeddings", None)
     if model.config.is_encoder_decoder:
+        if longest is not None and tokens > longest:
+            raise ConfigError(f"{tokens} tokens are asked, but {path} has {longest} positions; ask for fewer.")
         world = World(0, 1, 0, model.device)
         return write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world)[0]
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]])

@@ -10,10 +10,10 @@ what is left out counts as 0. A sample has the same words in every epoch.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from dqtrain.data.shard import writing
 from dqtrain.data.stream import IGNORED, AnyStream, Batch
 from dqtrain.errors import DataError
 from dqtrain.files import digest, write_text, write_whole
-from dqtrain.models import Head, Inputs, Outputs, Taught, inputs_of
+from dqtrain.models import Head, Inputs, Outputs, Taught, Teacher, inputs_of
 from dqtrain.world import World, barrier, broadcast_object
 
 VERSION = 1
@@ -42,14 +42,6 @@ _ROWS = 256
 
 Words = dict[str, Tensor]
 """What is stored of one sample: `hidden` [target tokens, width], or `lengths` [target tokens] of the ids of each, and `ids` and `shares`, one token behind the other."""
-
-
-class Online(Protocol):
-    """A teacher that runs."""
-
-    def teaching(self, batch: Batch, inputs: Inputs) -> AbstractContextManager[Taught]:
-        """What it says about a micro-batch, within a context. Collective."""
-        ...
 
 
 def cache_folder(shards: Path, settings: TeacherSettings, teacher: Path, layout: dict[str, Any], seed: int, precision: str) -> Path:
@@ -75,7 +67,7 @@ def cache_folder(shards: Path, settings: TeacherSettings, teacher: Path, layout:
 def write_cache(
     folder: Path,
     settings: TeacherSettings,
-    teacher: Online,
+    teacher: Teacher,
     stream: AnyStream,
     micro_batch: int,
     seed: int,
@@ -131,7 +123,7 @@ def _write_index(folder: Path, parts: list[range]) -> dict[str, Any]:
     return index
 
 
-def _ask(teacher: Online, batch: Batch, num_kept: int, settings: TeacherSettings, seed: int, dtype: torch.dtype, device: torch.device) -> list[Words]:
+def _ask(teacher: Teacher, batch: Batch, num_kept: int, settings: TeacherSettings, seed: int, dtype: torch.dtype, device: torch.device) -> list[Words]:
     """What is stored of each of the first samples of a batch. Collective."""
     inputs, _ = inputs_of(batch, device)
     with torch.no_grad(), teacher.teaching(batch, inputs) as taught:
@@ -197,7 +189,7 @@ class CachedTeacher:
         return {}
 
     @contextmanager
-    def teaching(self, batch: Batch, inputs: Inputs) -> Iterator[Taught]:
+    def teaching(self, batch: Batch, inputs: Inputs, layers: bool = True) -> Iterator[Taught]:
         """What is stored of a micro-batch."""
         has_target = (batch.labels != IGNORED).any(1)  # all have, or none on a rank without work
         found = [self._read(self.folder / _part(i), i % SAMPLES_PER_PART, str(i)) for i in batch.samples[has_target].tolist()]

@@ -5,7 +5,7 @@ step's number of target tokens over all ranks and micro-batches. What moves once
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,38 +38,43 @@ class TokenWeights(nn.Module):
     """Weights of target tokens, divided by their mean over the steps before (a tenth of the way to each step's mean): about 1 on average.
 
     The mean of the present step would take a second pass through the teacher's head, over all micro-batches of all ranks, before the first
-    backward. `mean` is a buffer, hence in every checkpoint; it is 1 in the first step.
+    backward. `mean` is a buffer, hence in every checkpoint.
     """
 
     mean: Tensor
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: Literal["tsld", "entropy"], mean: float) -> None:
+        """`mean`: what the first step's weights are divided by."""
         super().__init__()
         self.kind = kind
-        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("mean", torch.full((1,), mean))
         self._seen: list[Tensor] = []
 
     def forward(self, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Logits [n, vocabulary] and labels [n] -> weights [n], without gradient."""
-        weights = terms.tsld(teacher_logits, labels) if self.kind == "tsld" else terms.entropy(teacher_logits)
+        weights = terms.token_weights(self.kind, teacher_logits, labels)
         if self.training:
             self._seen.append(torch.stack([weights.sum(), weights.new_tensor(float(len(weights)))]))
-        return weights / torch.where(self.mean > 0, self.mean, 1.0)
+        return weights / self.mean
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Move the mean. Collective; call once per optimizer step."""
         total, count = sum_over_ranks(torch.stack(self._seen or [self.mean.new_zeros(2)]).double().sum(0)).float()
         self._seen.clear()
-        now = torch.where(count > 0, total / count.clamp(min=1), self.mean)
-        self.mean.copy_(torch.where(self.mean > 0, 0.9 * self.mean + 0.1 * now, now))
+        self.mean.lerp_(torch.where(count > 0, total / count.clamp(min=1), self.mean), 0.1)
 
 
 class Objective(nn.Module):
     """The student and the loss that trains it. Weight 0 means not computed."""
 
-    def __init__(self, student: LanguageModel, settings: Distill, maps: LayerMaps | None = None, positions: int = 0, beta: float | None = None) -> None:
-        """`maps`: for terms of layers; `positions`: the longest sequence, for a bank keyed by position; `beta`: that of the logits term where it is measured."""
+    def __init__(
+        self, student: LanguageModel, settings: Distill, maps: LayerMaps | None = None, positions: int = 0, beta: float | None = None, weight: float = 1.0
+    ) -> None:
+        """`maps`: for terms of layers; `positions`: the longest sequence, for a bank keyed by position; of the logits term, as measured on some samples,
+
+        `beta` (the teacher's mean confidence) and `weight` (the mean weight of tokens).
+        """
         super().__init__()
         self.student = student
         self.settings = settings
@@ -85,7 +90,7 @@ class Objective(nn.Module):
             self.contrast = TokenContrast(settings.contrast, config.vocab_size, width, positions)
         if settings.logits is not None and "logits" in live:
             self.divergence = _divergence(settings.logits, beta)
-            self.token_weights = TokenWeights(settings.logits.tokens) if settings.logits.tokens != "equal" else None
+            self.token_weights = TokenWeights(settings.logits.tokens, weight) if settings.logits.tokens != "equal" else None
 
     def forward(self, inputs: Inputs, labels: Tensor, taught: Taught | None) -> Loss:
         """Inputs, labels [samples, tokens] (already shifted, -100 ignored) and what the teacher says about them -> Loss."""

@@ -148,9 +148,9 @@ def confidence(teacher_logits: Tensor) -> Tensor:
     return _log_probabilities(teacher_logits, 1.0).amax(-1).exp_()
 
 
-def mean_confidence(teacher_logits: Tensor) -> Tensor:
-    """What `confidence_kl` wants as beta: the mean of `confidence` (BitDistiller's train.py). [n, vocabulary], n > 0 -> scalar without gradient."""
-    return confidence(teacher_logits).mean()
+def token_weights(kind: Literal["tsld", "entropy"], teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """`tsld` or `entropy`: logits [n, vocabulary], labels [n] -> [n]."""
+    return tsld(teacher_logits, labels) if kind == "tsld" else entropy(teacher_logits)
 
 
 @torch.no_grad()

@@ -57,13 +57,7 @@ def quantize_attention(model: nn.Module, bits: int, scale: str, asymmetric: bool
             f"attention of {type(model).__name__} cannot be quantized: {without} does not use transformers' attention interface. "
             "Set quant.activations.attention to false."
         )
-    for module in attentions.values():
-        if getattr(module, "sinks", None) is not None:
-            raise ConfigError(f"{type(module).__name__} has attention sinks, which are not quantized. Set quant.activations.attention to false.")
-        if getattr(module, "reorder_and_upcast_attn", False):
-            raise ConfigError(
-                "reorder_and_upcast_attn of GPT-2 has an attention of its own. Set it to false in the model's config, or quant.activations.attention to false."
-            )
+    _check_eager(attentions, "quant.activations.attention to false")
     model.set_attn_implementation(NAME)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
@@ -88,6 +82,15 @@ def check_attention_ran(model: nn.Module) -> None:
             f"attention of {len(idle)} of {len(found)} modules was never quantized: {', '.join(idle[:5])}{', ...' if len(idle) > 5 else ''}. "
             "Something else than dqtrain's attention ran there; set quant.activations.attention to false, or keep the model's attn_implementation as it is."
         )
+
+
+def _check_eager(attentions: dict[str, nn.Module], remedy: str) -> None:
+    """Raise ConfigError for modules whose attention is more than eager attention."""
+    for module in attentions.values():
+        if getattr(module, "sinks", None) is not None:
+            raise ConfigError(f"{type(module).__name__} has attention sinks, which dqtrain's attention does not know. Set {remedy}.")
+        if getattr(module, "reorder_and_upcast_attn", False):
+            raise ConfigError(f"reorder_and_upcast_attn of GPT-2 has an attention of its own. Set it to false in the model's config, or {remedy}.")
 
 
 def _forwards(module: nn.Module) -> Iterator[Callable[..., Any]]:
@@ -173,11 +176,13 @@ def show_attention(model: PreTrainedModel) -> None:
 
     Raises ConfigError, naming the class, where a family's attention is not looked up by name: a fused kernel would give none.
     """
-    without = next(_own_attention(model), None if any(True for _ in _attention_modules(model)) else "it")
+    attentions = dict(_attention_modules(model))
+    without = next(_own_attention(model), None if attentions else "it")
     if without is not None:
         raise ConfigError(
             f"{type(model).__name__} gives no attention probabilities: {without} does not use transformers' attention interface. Set distill.attention to null."
         )
+    _check_eager(attentions, "distill.attention to null")
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(FLOAT)
 

@@ -310,6 +310,8 @@ def quantize_model(model: nn.Module, config: Quant, initialise: bool = True) -> 
                 f"quant.overrides has `{override.match}`, which matches no matrix of the model; they are called like {names[0]}. Mend or remove it."
             )
     coverage = Coverage([_quantize_parameter(holders, config) for holders in matrices])
+    if config.float_head and not any(latent_heads(model)):
+        raise ConfigError(f"quant.float_head is true, but {type(model).__name__} has no head that is tied to quantized word embeddings. Set it to false.")
     if config.vectors == "bf16":
         _round_vectors(model)
     for override in config.overrides:
