@@ -389,7 +389,7 @@ def test_directories_that_hold_no_float_model(capsys, folders, tmp_path):
     (broken / "config.json").write_text("{")
     refused(broken, "transformers cannot read it")
     (broken / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
-    refused(broken, "but a causal language model is needed")
+    refused(broken, "but a language model is needed")
 
 
 def test_a_config_without_quantization(capsys, folders, world, tmp_path):

@@ -45,7 +45,7 @@ def _config(path: Path, seed: int = 1, every_steps: int = 10, steps: int = 4) ->
         "data": {"train": "c.jsonl", "tokens_per_sample": 8},
         "train": {"steps": steps, "global_batch": 2, "micro_batch": 1, "lr": 1e-3},
         "quant": None,
-        "distill": {"logits": 1.0},
+        "distill": {"logits": {"weight": 1.0}},
         "checkpoint": {"every_steps": every_steps},
     }
     return validate(tree, "test")

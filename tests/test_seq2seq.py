@@ -62,7 +62,13 @@ def test_from_a_new_teacher_to_a_packed_student(family, pairs, make_run):
     code, output = teacher.train(ranks=1)
     assert code == 0, output
 
-    taught = {"teacher": f"{{path: {teacher.path}}}", "student": "{encoder_layers: 2, decoder_layers: [0]}", "distill": TERMS, "data": data, "eval": GENERATION}
+    taught = {
+        "teacher": f"{{path: {teacher.path}}}",
+        "student": f"{{encoder_layers: 2, decoder_layers: [{0 if family == 'bart' else 2}]}}",
+        "distill": TERMS,
+        "data": data,
+        "eval": GENERATION,
+    }
     student = make_run("student", **taught)
     code, output = student.train(ranks=2)
     assert code == 0, output
