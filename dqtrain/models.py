@@ -276,21 +276,27 @@ def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
     model.eval()
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ConfigError(f"{name}: the head of {type(model).__name__} is no linear layer; this family is not supported.")
-    ids = torch.arange(4)[None] % model.config.vocab_size
-    everything = torch.ones_like(ids, dtype=torch.bool)
-
-    source = (ids, everything) if model.config.is_encoder_decoder else ()
+    inputs = _few_words(model)
+    ids = inputs.ids
 
     def logits(read: Tensor) -> Tensor:
-        return model(**({"input_ids": ids, "decoder_input_ids": read} if source else {"input_ids": read}), use_cache=False).logits[0]
+        given = {"input_ids": read} if inputs.source_ids is None else {"input_ids": inputs.source_ids, "decoder_input_ids": read}
+        return model(**given, use_cache=False).logits[0]
 
-    ours = LanguageModel(model).logits(Inputs(ids, everything, *source))
+    ours = LanguageModel(model).logits(inputs)
     theirs, changed = logits(ids), logits(torch.cat([ids[:, :-1], ids[:, :1]], 1))
     if not torch.allclose(changed[:-1], theirs[:-1], rtol=1e-5, atol=1e-5, equal_nan=True):
         raise ConfigError(f"{name}: {type(model).__name__} looks at later tokens, but a language model must not. Give another directory.")
     if not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True):
         raise ConfigError(f"{name}: {type(model).__name__} does more than apply its head to the last hidden states; this family is not supported.")
     return model
+
+
+def _few_words(model: PreTrainedModel) -> Inputs:
+    """Something that any model can read."""
+    ids = torch.arange(4)[None] % model.config.vocab_size
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    return Inputs(ids, everything, ids, everything) if model.config.is_encoder_decoder else Inputs(ids, everything)
 
 
 class LayerMaps(NamedTuple):
@@ -311,9 +317,7 @@ def has_norm_behind(model: PreTrainedModel, encoder: bool = False) -> bool:
     blocks = next(module for module in stack.modules() if isinstance(module, nn.ModuleList))
     given: list[Tensor] = []
     hook = blocks[-1].register_forward_hook(lambda module, inputs, output: given.append(output[0] if isinstance(output, tuple) else output))
-    ids = torch.arange(4)[None] % model.config.vocab_size
-    everything = torch.ones_like(ids, dtype=torch.bool)
-    said = LanguageModel(model, states=True)(Inputs(ids, everything, *((ids, everything) if model.config.is_encoder_decoder else ())), layers=True)
+    said = LanguageModel(model, states=True)(_few_words(model))
     hook.remove()
     return not torch.equal((said.encoder if encoder else said.decoder).states[-1], given[0])
 
@@ -358,7 +362,8 @@ def cut(model: PreTrainedModel, maps: LayerMaps) -> PreTrainedModel:
     depths = {len(layers) for layers in all_layers(config)}
     for key, value in config.to_dict().items():
         by_number = key in ("scale_attn_by_inverse_layer_idx", "mlp_only_layers") and value
-        if by_number or (isinstance(value, list) and len(value) in depths and key not in ("layer_types", "architectures")):
+        of_layers = isinstance(value, list) and len(value) in depths and key not in ("layer_types", "architectures") and not key.endswith("_token_id")
+        if by_number or of_layers:
             raise ConfigError(f"{type(model).__name__} has {key}, by which a layer depends on its number, so that it cannot be cut. Keep all layers.")
     for names, kept in zip(_stacks(config), maps, strict=False):
         for name in names:

@@ -336,8 +336,12 @@ def fill_disk(world: World, folder: Path) -> None:
 def start_ranks(folder: Path, num_ranks: int, jobs: list[tuple[str, dict[str, Any]]]) -> None:
     """Do the jobs on so many ranks; a rank that fails fails the test, with the output of all."""
     folder.mkdir(exist_ok=True)
+    run_as_ranks([sys.executable, __file__, str(folder), json.dumps(jobs)], num_ranks)
+
+
+def run_as_ranks(command: list[str], num_ranks: int) -> None:
+    """Run a command as so many ranks; one that fails fails the test, with the output of all."""
     env = {**os.environ, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), json.dumps(jobs)]
     with tempfile.TemporaryFile("w+") as output:
         ranks = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=output, stderr=output) for r in range(num_ranks)]
         try:

@@ -75,12 +75,57 @@ def test_numbers_are_read_as_written(small):
             "x.yaml:9: quant.linears.bits: is 5, but input should be 1, 2, 3, 4, 8 or 'ternary'.",
         ),
         ("run: {", "run: {dir: a}}", "x.yaml:1: not valid YAML"),
+        ("{task: 1.0}", "{logits: {divergence: mse, temperature: 2.0}}", "temperature is 2.0, but mse compares raw logits"),
+        ("{task: 1.0}", "{logits: {beta: 0.5}}", "beta is 0.5, but cross_entropy has none"),
+        ("{task: 1.0}", "{logits: {divergence: jensen_shannon, beta: 1.0}}", "where jensen_shannon is 0 for any student"),
+        ("{task: 1.0}", "{logits: {tokens: tsld}, padding_counts: true}", "distill.padding_counts counts what has no label"),
+        ("{task: 1.0}", "{contrast: {negatives_from: random, bank: position}}", "draws words from the bank, but bank is position"),
     ],
 )
 def test_mistake_names_line_and_remedy(small, old, new, message):
     assert old in SMALL
     with pytest.raises(ConfigError) as error:
         load_config(small(SMALL.replace(old, new, 1)))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source, distill, message",
+    [
+        ("hidden", "{hidden: {}}", "distill.hidden needs more than teacher.source hidden stores"),
+        ("hidden", "{contrast: {layer: 0}}", "distill.contrast.layer needs more than teacher.source hidden stores"),
+        ("hidden", "{logits: {}, padding_counts: true}", "distill.padding_counts needs more than"),
+        ("sampled", "{logits: {temperature: 4.0}}", "teacher.source sampled knows some ids alone"),
+        ("top_k", "{logits: {divergence: forward_kl}}", "teacher.source top_k knows some ids alone"),
+        ("sampled", "{logits: {tokens: entropy}}", "teacher.source sampled knows some ids alone"),
+    ],
+)
+def test_a_term_that_a_store_does_not_know_is_named(small, source, distill, message):
+    text = SMALL.replace("path: teacher", f"path: teacher, source: {source}").replace("{task: 1.0}", distill)
+    with pytest.raises(ConfigError) as error:
+        load_config(small(text))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("layers", ["0", "[]", "[1, 0]", "[0, 0]", "[-1, 2]"])
+def test_layers_that_cannot_be_kept_take_one_line(small, layers):
+    with pytest.raises(ConfigError) as error:
+        load_config(small(), [f"student.decoder_layers={layers}"])
+    assert "must be a number from 1, or ascending layers from 0" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "generation, message",
+    [
+        ("{max_new_tokens: 4, validation_samples: 2}", "data.validation is null"),
+        ("{max_new_tokens: 4}", "eval.generation has nothing to write for"),
+        ("{max_new_tokens: 4, min_new_tokens: 5}", "min_new_tokens is 5, more than max_new_tokens, 4"),
+    ],
+)
+def test_text_that_nobody_would_write_is_refused(small, generation, message):
+    pairs = ["data.pairs={source_tokens: 8, target_tokens: 8}", "data.tokens_per_sample=null", f"eval.generation={generation}"]
+    with pytest.raises(ConfigError) as error:
+        load_config(small(), pairs)
     assert message in str(error.value)
 
 

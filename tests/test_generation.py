@@ -3,15 +3,14 @@
 import itertools
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
 import sacrebleu
 import torch
+from engine_worker import run_as_ranks
 from families import BART, FAMILIES
 from pydantic import ValidationError
 from rouge_score import rouge_scorer
@@ -23,7 +22,6 @@ from dqtrain.errors import ConfigError, DataError
 from dqtrain.generation import check_generation, generate, score, write_predictions
 from dqtrain.quant.modules import quantize_model
 from dqtrain.world import World, init_world
-from launch.local import free_port
 
 VOCAB, END, PAD, START = 16, 0, 1, 2
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -318,17 +316,7 @@ def one_rank(folder):
 
 
 def test_two_ranks_write_what_one_does(tmp_path):
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as output:
-        command = [sys.executable, __file__, str(tmp_path)]
-        ranks = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=output, stderr=output) for r in range(2)]
-        try:
-            codes = [rank.wait(timeout=120) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        output.seek(0)
-        assert codes == [0, 0], output.read()
+    run_as_ranks([sys.executable, __file__, str(tmp_path)], 2)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for name, (family, stage) in CASES.items():
         model = quantized(family)

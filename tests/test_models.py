@@ -336,6 +336,20 @@ def test_layers_that_are_not_there_are_refused(kept):
         layer_map(kept, 6, "student.encoder_layers")
 
 
+@pytest.mark.parametrize("name, key, value", [("gpt2", "scale_attn_by_inverse_layer_idx", True), ("llama", "no_rope_layers", [1, 0])])
+def test_layers_that_depend_on_their_number_are_not_cut(name, key, value):
+    model = make(name)
+    setattr(model.config, key, value)
+    with pytest.raises(ConfigError, match=f"has {key}, by which a layer depends on its number, so that it cannot be cut"):
+        cut(model, LayerMaps((1,)))
+
+
+def test_a_list_of_special_tokens_is_none_of_layers():
+    model = make("llama")
+    model.config.eos_token_id = [0, 1]  # as many as there are layers
+    assert all_layers(cut(model, LayerMaps((1,))).config).decoder == (0,)
+
+
 # --- what is read, made and refused
 
 

@@ -96,6 +96,11 @@ def test_from_a_new_teacher_to_a_packed_student(family, pairs, make_run):
     assert code == 0, output
     code, output = student.dqtrain("eval", str(packed), "--split", "test")
     assert code == 2 and "give --config YAML" in output and "Traceback" not in output
+    code, output = student.dqtrain("eval", str(student.path), "--tokens-per-sample", "8")
+    assert code == 2 and "--tokens-per-sample is for text" in output and "Traceback" not in output
+    if family == "bart":
+        code, output = student.dqtrain("generate", str(student.path), "say: the cat", "--tokens", "500")
+        assert code == 2 and "500 tokens are asked" in output and "Traceback" not in output
 
 
 @pytest.mark.slow

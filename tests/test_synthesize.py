@@ -180,5 +180,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(teachers, tmp_path
         teacher, out, *counts = arguments
         with pytest.raises(ConfigError, match=message):
             synthesize(teachers / teacher, tmp_path / out, *counts, seed=0)
+    with pytest.raises(ConfigError, match="seed is -1, but must be 0 or more"):
+        synthesize(teachers / "llama", tmp_path / "a.jsonl", 3, 6, seed=-1)
     assert not list(tmp_path.iterdir())
     synthesize(teachers / "llama", tmp_path / "a.jsonl", 2, 64, seed=0)

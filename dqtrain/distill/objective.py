@@ -71,9 +71,9 @@ class Objective(nn.Module):
     def __init__(
         self, student: LanguageModel, settings: Distill, maps: LayerMaps | None = None, positions: int = 0, beta: float | None = None, weight: float = 1.0
     ) -> None:
-        """`maps`: for terms of layers; `positions`: the longest sequence, for a bank keyed by position; of the logits term, as measured on some samples,
+        """`maps`: for terms of layers; `positions`: the longest sequence, for a bank keyed by position.
 
-        `beta` (the teacher's mean confidence) and `weight` (the mean weight of tokens).
+        As measured on some samples, for the logits term: `beta`, the teacher's mean confidence, and `weight`, the mean weight of tokens.
         """
         super().__init__()
         self.student = student
@@ -126,10 +126,9 @@ class Objective(nn.Module):
                     values = self.divergence(said, theirs)
                     if self.token_weights is not None:
                         values = values * self.token_weights(theirs, labels)
-                elif ids is not None and shares is not None:
-                    values = terms.sampled_cross_entropy(said, ids, shares)
                 else:
-                    return total, parts  # the teacher is not there, as in a test of the task alone
+                    assert ids is not None and shares is not None, "a live logits term has a teacher"
+                    values = terms.sampled_cross_entropy(said, ids, shares)
                 parts["logits"] = values.sum() * share
                 total = total + settings.logits.weight * parts["logits"]
             return total, parts

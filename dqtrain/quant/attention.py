@@ -119,16 +119,14 @@ def quantized_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
-    position_bias: Tensor | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
+    **scoring: Any,
 ) -> tuple[Tensor, Tensor]:
     """Eager attention with quantized operands: (output [batch, tokens, heads, head_dim], float probabilities [batch, heads, tokens, keys], before dropout).
 
     query [batch, heads, tokens, head_dim], key and value [batch, key heads, keys, head_dim] where query heads share key heads in equal groups;
-    attention_mask and position_bias are added to the scores; softcap as in Gemma-2. The softmax is in fp32 whatever the dtype.
+    `scoring` is what else transformers gives: scaling, position_bias, which like attention_mask is added to the scores, softcap as in
+    Gemma-2. The softmax is in fp32 whatever the dtype.
 
     For backward one copy of each operand is kept, as in eager attention: the quantized queries, keys and values alone, and the float
     probabilities alone, from which the quantized ones are made again, unless dropout is active.
@@ -146,26 +144,17 @@ def quantized_attention(
     query = _by_token(quantizers["query"], query, module, is_real_query)
     key = _by_token(quantizers["key"], key, module, is_real_key)
     value = _for_each_head(_by_token(quantizers["value"], value, module, is_real_key), query)
-    probabilities = _probabilities(module, query, key, attention_mask, scaling, position_bias, softcap, kwargs)
+    probabilities = _probabilities(module, query, key, attention_mask, **scoring)
     dropped = F.dropout(probabilities.to(value.dtype), p=dropout, training=module.training)
     output = _weighted_sum(quantizers["probabilities"], probabilities, dropped, value, module, is_real_query, dropout)
     return output.transpose(1, 2).contiguous(), probabilities
 
 
 def float_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    position_bias: Tensor | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0, **scoring: Any
 ) -> tuple[Tensor, Tensor]:
     """`quantized_attention` without quantizers."""
-    probabilities = _probabilities(module, query, key, attention_mask, scaling, position_bias, softcap, kwargs)
+    probabilities = _probabilities(module, query, key, attention_mask, **scoring)
     value = _for_each_head(value, query)
     output = torch.matmul(F.dropout(probabilities.to(value.dtype), p=dropout, training=module.training), value)
     return output.transpose(1, 2).contiguous(), probabilities
@@ -192,10 +181,10 @@ def _probabilities(
     query: Tensor,
     key: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None,
-    position_bias: Tensor | None,
-    softcap: float | None,
-    others: dict[str, Any],
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    **others: Any,
 ) -> Tensor:
     """The softmax of the scores, in fp32 at least."""
     unknown = [name for name, argument in others.items() if argument is not None and name not in WITHOUT_EFFECT]

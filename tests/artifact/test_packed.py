@@ -195,3 +195,9 @@ def test_a_head_that_reads_the_table_before_rounding_has_a_tensor_of_its_own(fam
     assert not torch.equal(loaded.get_input_embeddings().weight, plain.get_input_embeddings().weight)
     size = (tmp_path / "model.safetensors").stat().st_size
     assert artifact_bytes(coverage, float_part(model), {"checkpoint": "step-000000000", **about(quant, coverage)}).weights == size
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gpt2", {"embeddings": None})])
+def test_a_float_head_that_would_change_nothing_is_refused(family, changes):
+    with pytest.raises(ConfigError, match="quant.float_head is true, but .* has no head that is tied to quantized word embeddings"):
+        quantize_model(FAMILIES[family](), settings(float_head=True, **changes))
