@@ -1,11 +1,13 @@
 """RunConfig -> objects: the one place where a knob becomes an argument."""
 
 import functools
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,32 +23,34 @@ from dqtrain.distill import terms
 from dqtrain.distill.cache import CachedTeacher, cache_folder, write_cache
 from dqtrain.distill.chunked import chunked_loss
 from dqtrain.distill.objective import Objective, needed_outputs
-from dqtrain.engine import StudentEngine, TeacherEngine
+from dqtrain.engine import StudentEngine, TeacherEngine, materialise
 from dqtrain.errors import ConfigError
 from dqtrain.evaluate import Evaluation
-from dqtrain.files import write_text
+from dqtrain.files import digest, write_text
 from dqtrain.generation import Writing, check_generation
 from dqtrain.metrics import Metrics
 from dqtrain.models import (
     LanguageModel,
     LayerMaps,
+    Reader,
     all_layers,
     check_length,
     check_vocabulary,
     cut,
-    empty_model,
     has_norm_behind,
     inputs_of,
     layer_map,
-    load_model,
+    meta_model,
     new_model,
+    open_weights,
     read_model_config,
+    readers_of,
 )
-from dqtrain.quant.activation import calibrate
-from dqtrain.quant.modules import Coverage, quantize_model
+from dqtrain.quant.activation import calibrated
+from dqtrain.quant.modules import Coverage, initial_scales, is_learned_scale, quantize_model, quantized_parameters
 from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.trainer import Trainer
-from dqtrain.world import World, broadcast_object
+from dqtrain.world import World, broadcast_object, gather_objects, on_rank_0
 
 
 def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
@@ -58,7 +62,7 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
 
     loaded = load_tokenizer(tokenizer)
-    student, coverage, maps = student_model(config, len(loaded), loaded.eos_token_id)
+    student, coverage, maps, weights = student_model(config, len(loaded), loaded.eos_token_id, world)
     streams = {split: open_stream(folder, config.data, student.config, config.run.seed, shuffle=split == "train") for split, folder in shards.items()}
     name = str(config.student.init_from or (config.teacher.path if config.teacher else "student.architecture"))
     check_length(student.config, config.data, name)
@@ -67,14 +71,17 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     check_vocabulary(student.config, streams["train"].vocab_size, name, tokenizer)
     if config.teacher is not None:
         check_same_tokenizer(tokenizer, model_directory(config.teacher.path))
-    wanted = needed_outputs(config.distill)
-    language_model = LanguageModel(student, config.train.precision, **wanted)
-    calibrate(student, lambda: _show_samples(language_model, streams["train"], config))
+    if config.train.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    learned_later = {name: torch.full((1,), math.nan) for name, _ in student.named_parameters() if is_learned_scale(name) and name not in weights}
+    materialise(student, weights | readers_of(learned_later), partitioned=config.zero.student == 3)
+    language_model = LanguageModel(student, config.train.precision, **needed_outputs(config.distill))
     teacher: TeacherEngine | CachedTeacher | None = None
     beta, weight = None, 1.0
     if config.teacher is not None and config.distill.teacher_terms:
         logits = config.distill.logits
         if config.teacher.source == "online":
+            _check_same_teacher(model_directory(config.teacher.path), run, world)
             teacher = _online_teacher(config, world)
         else:
             folder = broadcast_object(_cache_folder(config, shards["train"], student.config) if world.rank == 0 else Path())
@@ -95,6 +102,9 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
             write_text(run.coverage, coverage.to_json())
             metrics.say(coverage.table())
     engine = StudentEngine(objective, config.train, config.zero, world)
+    if learned_later:
+        starts = calibrated(student, lambda: _show_samples(language_model, streams["train"], config, world.device), learned_later)
+        engine.overwrite({f"student.model.{name}": value for name, value in starts.items()})
     judge = teacher if isinstance(teacher, TeacherEngine) else None
     writing = writing_of(config, loaded, world, synced=config.zero.student == 3)
     evaluation = Evaluation(streams.get("validation"), streams.get("test"), judge, writing, config.train.micro_batch, config.eval.max_samples, world)
@@ -110,10 +120,34 @@ def writing_of(config: RunConfig, tokenizer: Any, world: World, synced: bool) ->
     return Writing(tokenizer, corpora, data.pairs, settings, config.train.micro_batch, config.train.precision, world, synced)
 
 
+def _check_same_teacher(folder: Path, run: RunDir, world: World) -> None:
+    """Keep the hashes of the teacher's files in the run's teacher.json, and raise ConfigError when a run that goes on has another teacher. Collective."""
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    mine = {path.name: digest(path) for path in files[world.rank :: world.world_size]}
+    found = {name: value for part in gather_objects(mine) for name, value in part.items()}
+    record = run.path / "teacher.json"
+
+    def compare() -> None:
+        before = json.loads(record.read_text()) if record.is_file() and any(run.checkpoints.glob("step-*")) else found
+        changed = sorted(name for name in before.keys() | found.keys() if before.get(name) != found.get(name))
+        if changed:
+            raise ConfigError(
+                f"{folder}: {', '.join(changed)} changed since {run.path} started, so that it would go on with another teacher. "
+                "Restore the files, or use another run.dir."
+            )
+        write_text(record, json.dumps(found, indent=1))
+
+    on_rank_0(world, compare)
+
+
 def _online_teacher(config: RunConfig, world: World) -> TeacherEngine:
     assert config.teacher is not None
-    model = load_model(model_directory(config.teacher.path))
-    return TeacherEngine(LanguageModel(model, config.train.precision, **needed_outputs(config.distill)), config.train, config.zero, world)
+    folder = model_directory(config.teacher.path)
+    model = meta_model(folder)
+    dtype = torch.bfloat16 if config.teacher.dtype == "bf16" else torch.float32
+    materialise(model, open_weights(folder, model), dtype, partitioned=config.zero.teacher == 3)
+    module = LanguageModel(model, config.train.precision, **needed_outputs(config.distill))
+    return TeacherEngine(module, config.train, config.zero, world, config.teacher.live_layers)
 
 
 def _cache_folder(config: RunConfig, shards: Path, model: PretrainedConfig) -> Path:
@@ -149,10 +183,10 @@ CALIBRATION_SAMPLES = 32
 """Training samples that learned activation scales, and what is measured of the teacher, start from."""
 
 
-def _show_samples(student: LanguageModel, stream: AnyStream, config: RunConfig) -> None:
-    """Run the student on the first samples of the training, the same ones on every rank."""
+def _show_samples(student: LanguageModel, stream: AnyStream, config: RunConfig, device: torch.device) -> None:
+    """Run the student on the first samples of the training, the same ones on every rank. Collective under ZeRO-3."""
     for batch in _first_batches(stream, config):
-        inputs, _ = inputs_of(batch, torch.device("cpu"))
+        inputs, _ = inputs_of(batch, device)
         student.through_head(student(inputs, layers=False).hidden[inputs.is_target], lambda hidden, head: None)
 
 
@@ -244,21 +278,31 @@ def open_stream(folder: Path, data: Data, model: PretrainedConfig, seed: int, sh
     return PairStream(folder, seed, shuffle, pad, model.decoder_start_token_id if model.is_encoder_decoder else None)
 
 
-def student_model(config: RunConfig, vocab_size: int = 0, eos_token_id: int = 0) -> tuple[PreTrainedModel, Coverage | None, LayerMaps]:
-    """The student's model, quantized if the config says so, its Coverage (None if it is not), and the teacher's layer of each of its layers.
+class Student(NamedTuple):
+    """A student before it has memory: `engine.materialise` gives it some."""
 
-    The tokenizer's size and end of text are for a new model alone.
-    """
+    model: PreTrainedModel  # on the meta device, quantized if the config says so
+    coverage: Coverage | None  # None where it is not quantized
+    maps: LayerMaps  # the teacher's layer of each of its layers
+    weights: dict[str, Reader]  # of everything but learned activation scales that start with the data
+
+
+def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: World) -> Student:
+    """What a config says of the student. The tokenizer's size and end of text are for a new model alone. Collective: ranks share the search of scales."""
     source = config.student.init_from
-    learned: dict[str, Tensor] = {}
+    learned: set[str] = set()
     if config.student.architecture is not None:
-        model = new_model(config.student.architecture, vocab_size, eos_token_id, config.run.seed)
+        new = new_model(config.student.architecture, vocab_size, eos_token_id, config.run.seed)
+        model, weights = meta_model(new.config), readers_of(new.state_dict())
     elif source is not None and RunDir(source).config.is_file():
-        model = empty_model(RunDir(source).student)
-        learned = checkpoint.fill(model, chosen_checkpoint(RunDir(source)))
+        model = meta_model(RunDir(source).student)
+        weights = checkpoint.readers(chosen_checkpoint(RunDir(source)))
+        learned = weights.keys() - model.state_dict().keys()
     else:
         assert source is not None or config.teacher is not None, "config.py asks for one of them"
-        model = load_model(source or model_directory(config.teacher.path))  # type: ignore[union-attr]
+        folder = source or model_directory(config.teacher.path)  # type: ignore[union-attr]
+        model = meta_model(folder)
+        weights = open_weights(folder, model)
     everything = all_layers(model.config)
     settings = {"student.decoder_layers": config.student.decoder_layers, "student.encoder_layers": config.student.encoder_layers}
     if config.student.encoder_layers is not None and len(everything.encoder) == 0:
@@ -271,12 +315,13 @@ def student_model(config: RunConfig, vocab_size: int = 0, eos_token_id: int = 0)
             "student.init_from is a quantized run, which is not cut. Remove student.encoder_layers and decoder_layers, or start from the float model."
         )
     if maps != everything:
-        model = cut(model, maps)
+        model, names = cut(model, maps)
+        weights = {name: weights[before] for name, before in names.items()}
     if config.teacher is not None:
         maps = _teacher_layers(config, model, maps, everything)
     if config.quant is None:
-        return model, None, maps
-    coverage = quantize_model(model, config.quant)
+        return Student(model, None, maps, weights)
+    coverage = quantize_model(model, config.quant, initialise=False)
     head = model.get_output_embeddings()
     is_own = getattr(head, "weight_quantizers", None) and head.weight is not model.get_input_embeddings().weight
     if is_own and not config.distill.task and "logits" not in config.distill.teacher_terms:
@@ -284,18 +329,31 @@ def student_model(config: RunConfig, vocab_size: int = 0, eos_token_id: int = 0)
             f"the head of {type(model).__name__} is not tied to its embeddings and is quantized, but no live term trains it. "
             "Add distill.logits or distill.task, or keep it float with an entry of quant.overrides."
         )
+    known: set[str] = set()
     if learned:
         assert source is not None
         before = {row.name: row for row in Coverage.from_json(RunDir(source).coverage.read_text()).rows}
-        parameters = dict(model.named_parameters())
-        for row in coverage.rows:
-            # The scales of another grid would mean something else here, so those start anew.
-            for name in row.learned_names if before[row.name] == row else []:
-                parameters[name].data.copy_(learned.pop(name))
+        # The scales of another grid would mean something else here, so those start anew.
+        known = {name for row in coverage.rows if before[row.name] == row for name in row.learned_names}
         if all(before[row.name].input_quantizer == row.input_quantizer for row in coverage.rows):
-            for name in learned.keys() & parameters.keys():  # what is learned of activations
-                parameters[name].data.copy_(learned[name])
-    return model, coverage, maps
+            known |= learned - {name for row in before.values() for name in row.learned_names}  # what is learned of activations
+    weights = {name: read for name, read in weights.items() if name not in learned - known}
+    return Student(model, coverage, maps, weights | readers_of(_first_scales(model, weights, known, world)))
+
+
+def _first_scales(model: PreTrainedModel, weights: dict[str, Reader], known: set[str], world: World) -> dict[str, Tensor]:
+    """Where the learned scales of weights start that are not known. Each rank searches those of its share of the weights. Collective."""
+    unknown = [
+        p for p in quantized_parameters(model) if not known.issuperset(f"{p.name}_{learned}" for learned in p.quantizer.learned) or not p.quantizer.learned
+    ]
+
+    def read(name: str) -> Tensor:
+        whole = torch.empty(model.get_parameter(name).shape)
+        weights[name](0, whole.view(-1))
+        return whole.to(world.device)
+
+    mine = initial_scales(unknown[world.rank :: world.world_size], read)
+    return {name: scale for part in gather_objects({name: scale.cpu() for name, scale in mine.items()}) for name, scale in part.items()}
 
 
 def _teacher_layers(config: RunConfig, student: PreTrainedModel, maps: LayerMaps, before: LayerMaps) -> LayerMaps:
@@ -322,7 +380,7 @@ def _teacher_layers(config: RunConfig, student: PreTrainedModel, maps: LayerMaps
         raise ConfigError(f"distill.contrast.layer is {layer}, but the student has {len(maps.decoder)} decoder layers, counted from 0.")
     for side, ours, layers in zip(LayerMaps._fields, maps, theirs, strict=False):
         compared = bool(ours) and ("hidden" in live or (side == "decoder" and layer == len(ours) - 1))
-        if compared and ours[-1] != layers[-1] and has_norm_behind(student, encoder=side == "encoder"):
+        if compared and ours[-1] != layers[-1] and has_norm_behind(student.config, encoder=side == "encoder"):
             raise ConfigError(
                 f"student.{side}_layers ends with layer {ours[-1]}, but {type(student).__name__} has a norm behind its last layer, so that the student's last "
                 f"states can be compared with the teacher's last ones alone. End with {layers[-1]}, or leave out distill.hidden and distill.contrast.layer."

@@ -1,8 +1,9 @@
-"""Checkpoints that are complete or absent, written as fragments that any world size and ZeRO stage can read.
+"""Checkpoints that are complete or absent, written by a thread as fragments that any world size and ZeRO stage can read.
 
-    checkpoints/step-000000010/   rank-00000.safetensors ...   the pieces of weights and moments that each rank owned
+    checkpoints/step-000000010/   rank-00000.safetensors ...   NAME|fp32, NAME|exp_avg, NAME|exp_avg_sq: the pieces that each rank owned
                                   buffers.safetensors          what every rank holds alike: the contrastive bank
-                                  state.json                   step, best validation loss, values not yet logged, config
+                                  index.json                   which rank's file holds which elements of which parameter
+                                  state.json                   step, best validation loss, values not yet logged, config, versions
                                   MANIFEST.json                size and hash of every file above
     checkpoints/LATEST            name of the newest one, for people; loading trusts manifests alone
 
@@ -10,29 +11,54 @@ Everything is written into `.tmp-step-...`, synced, and renamed once all ranks a
 older checkpoints and no broken new one. A loader finds the intervals it needs by parameter name and offset. No pickle.
 """
 
+import bisect
+import functools
 import itertools
 import json
+import math
+import os
 import shutil
-from collections.abc import Iterator
+import struct
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dqtrain.config import PASSIVE, RunConfig, differences, validate
-from dqtrain.engine import StudentEngine
+from dqtrain.engine import Fragment, StudentEngine
 from dqtrain.errors import CheckpointError
 from dqtrain.files import digest, sync_path, write_text
-from dqtrain.world import broadcast_object, gather_objects
+from dqtrain.models import Reader, meta_model, readers_of
+from dqtrain.quant.modules import is_learned_scale
+from dqtrain.world import World, broadcast_object, first_problem, gather_objects
 
-FORMAT = 1
+FORMAT = 2
+
+SHARED_DISK_S = 60.0
+"""Seconds after which what another rank has written must be visible to rank 0."""
+
+_POLL_S = 0.01
+_BLOCK = 1 << 22
+_PREFIX = "student.model."
+"""What stands before the names of a transformers model in those of the trained module."""
 
 
 def _name(step: int) -> str:
     return f"step-{step:09d}"
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -45,74 +71,284 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _write_rank_files(folder: Path, rank: int, engine: StudentEngine, state: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """Write and sync this rank's files; file -> (bytes, hash)."""
-    tensors: dict[str, Tensor] = {}
-    pieces: dict[str, dict[str, Any]] = {}
-    for fragment in engine.fragments():
-        pieces[fragment.name] = {"start": fragment.start, "numel": fragment.numel, "total": fragment.total, "shape": fragment.shape}
-        tensors |= {f"{fragment.name}|{key}": value.cpu().contiguous() for key, value in fragment.tensors.items()}
-    names = [f"rank-{rank:05d}.safetensors"]
-    meta = {"pieces": pieces, "optimizer_step_count": engine.optimizer_step_count()}
-    save_file(tensors, folder / names[0], metadata={"meta": json.dumps(meta)})
-    if rank == 0:
-        save_file({name: buffer.cpu().contiguous() for name, buffer in persistent_buffers(engine.module).items()}, folder / "buffers.safetensors")
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
-        names += ["buffers.safetensors", "state.json"]
-    for name in names:
-        sync_path(folder / name)
-    return {name: ((folder / name).stat().st_size, digest(folder / name)) for name in names}
+# --- files
 
 
-def save(root: Path, step: int, rank: int, engine: StudentEngine, state: dict[str, Any], keep_last: int) -> None:
-    """Commit one checkpoint, then delete those beyond the newest `keep_last` and `state["best"]`. Collective.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
-    `state` is JSON and equal on all ranks. Raises CheckpointError on every rank when any rank cannot write; older checkpoints stay.
+
+def write_tensors(path: Path, layout: dict[str, tuple[torch.dtype, Sequence[int]]], read: Callable[[str], Tensor]) -> tuple[int, str]:
+    """Write and sync a safetensors file of (dtype, shape) by name, asking `read` for one CPU tensor at a time; its bytes and hash. Raises OSError.
+
+    By hand, since the library's writer wants all tensors at once, and a thread must not keep the interpreter from the one that trains.
     """
-    final, partial = root / _name(step), root / f".tmp-{_name(step)}"
-    error: str | None = None
-    if rank == 0:
+    names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))  # each tensor then starts at a multiple of its element size
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in names:
+        dtype, shape = layout[name]
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [position, position := position + math.prod(shape) * dtype.itemsize]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    hashed = xxhash.xxh3_128()
+    with path.open("wb") as file:
+
+        def write(part: Any) -> None:
+            file.write(part)
+            hashed.update(part)
+
+        write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            content = read(name).reshape(-1).contiguous().view(torch.uint8).numpy()
+            for start in range(0, len(content), _BLOCK):
+                write(content[start : start + _BLOCK])
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell(), hashed.hexdigest()
+
+
+def _write_json(path: Path, content: Any, indent: int | None = None) -> tuple[int, str]:
+    text = json.dumps(content, indent=indent)
+    write_text(path, text)
+    return len(text.encode()), xxhash.xxh3_128_hexdigest(text.encode())
+
+
+class Part(NamedTuple):
+    """Elements of a parameter that are asked for and that a rank's file has."""
+
+    rank: int
+    offset: int  # in the rank's piece
+    start: int  # in what is asked for
+    numel: int
+
+
+def _first_element(piece: Sequence[int]) -> int:
+    return piece[1]
+
+
+class Index:
+    """Which rank's file holds which elements of which parameter, and how often the optimizer has stepped."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+        self.optimizer_step_count: int = content["optimizer_step_count"]
+        self.parameters: dict[str, dict[str, Any]] = content["parameters"]
+        """name -> total (elements), shape, pieces: [rank, first element, elements] each, in the order of their elements."""
+
+    @classmethod
+    def join(cls, pieces: Iterable[Mapping[str, tuple[int, int, int, Sequence[int]]]], optimizer_step_count: int) -> "Index":
+        """From what each rank owns, in the order of the ranks: name -> (first element, elements, elements of the parameter, its shape)."""
+        parameters: dict[str, dict[str, Any]] = {}
+        for rank, own in enumerate(pieces):
+            for name, (start, numel, total, shape) in own.items():
+                parameters.setdefault(name, {"total": total, "shape": list(shape), "pieces": []})["pieces"].append([rank, start, numel])
+        for parameter in parameters.values():
+            parameter["pieces"].sort(key=_first_element)
+        return cls({"optimizer_step_count": optimizer_step_count, "parameters": parameters})
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index":
+        """That of a checkpoint."""
+        return cls(json.loads((folder / "index.json").read_text()))
+
+    def parts(self, name: str, start: int, numel: int) -> Iterator[Part]:
+        """Where elements start .. start + numel of a flattened parameter are; nothing for an unknown one."""
+        pieces = self.parameters[name]["pieces"] if name in self.parameters else []
+        before = bisect.bisect_right(pieces, start, key=_first_element) - 1
+        for rank, first, length in itertools.islice(pieces, max(before, 0), None):
+            if first >= start + numel:
+                break
+            low, high = max(first, start), min(first + length, start + numel)
+            if low < high:
+                yield Part(rank, low - first, low - start, high - low)
+
+    def ranks(self, wanted: Iterable[tuple[str, int, int]]) -> set[int]:
+        """Whose files hold any of the elements (name, start, numel)."""
+        return {part.rank for interval in wanted for part in self.parts(*interval)}
+
+    def holders(self) -> set[int]:
+        """Whose files hold anything."""
+        return {rank for parameter in self.parameters.values() for rank, _, _ in parameter["pieces"]}
+
+
+# --- writing
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a rank's thread writes: copies that training does not touch."""
+
+    step: int
+    files: dict[str, dict[str, Tensor]]
+    about: dict[str, Any]  # pieces and step count, for the index
+    state: dict[str, Any]
+    stall_s: float
+
+
+class Saver:
+    """Writes a run's checkpoints by a thread while training goes on, one at a time.
+
+    Only `save` and `wait` are collective. The threads meet through files alone: a collective would interleave with those of training.
+    """
+
+    def __init__(self, root: Path, world: World, keep_last: int, keep_every: int | None = None, on_saved: Callable[..., None] | None = None) -> None:
+        """The newest `keep_last` are kept, `state["best"]`, and those of steps that `keep_every` divides.
+
+        `on_saved(step=, stall_s=, write_s=, bytes=)` is called by rank 0's thread when a checkpoint is complete: seconds that rank 0's training stood
+        still, seconds until the checkpoint was visible, bytes of all files.
+        """
+        self.root, self.world, self.keep_last, self.keep_every, self.on_saved = root, world, keep_last, keep_every, on_saved
+        self._host: dict[str, Tensor] = {}
+        self._step = 0
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        self._give_up_at = math.inf
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank has failed to write its part of the save in flight; `wait` then raises. No collective."""
+        return self._error is not None
+
+    def save(self, step: int, engine: StudentEngine, state: dict[str, Any]) -> None:
+        """Copy this rank's part and start to write it, after the save before. Collective.
+
+        `state` is JSON and equal on all ranks. Raises CheckpointError on every rank when the save before failed, or when the disk is too full for this one.
+        """
+        started = time.monotonic()
+        self.wait()
+        self._step, self._give_up_at = step, math.inf
+        fragments = list(engine.fragments())
+        own = {f"{fragment.name}|{key}": value for fragment in fragments for key, value in fragment.tensors.items()}
+        buffers = persistent_buffers(engine.module) if self.world.rank == 0 else {}
+        num_bytes = sum(gather_objects(sum(value.nbytes for value in (*own.values(), *buffers.values()))))
+        self._raise_if(broadcast_object(self._prepare(num_bytes) if self.world.rank == 0 else None))
+        files = {_rank_file(self.world.rank): self._copy(own)} | ({"buffers.safetensors": self._copy(buffers)} if self.world.rank == 0 else {})
+        if any(value.is_cuda for value in own.values()):
+            torch.cuda.synchronize()
+        about = {"pieces": {f.name: (f.start, f.numel, f.total, f.shape) for f in fragments}, "optimizer_step_count": engine.optimizer_step_count()}
+        snapshot = _Snapshot(step, files, about, state, time.monotonic() - started)
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name=_name(step), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the save in flight, if there is one, is complete. Collective. Raises CheckpointError on every rank when any rank could not write."""
+        if self._thread is None:
+            return
+        if self.world.rank != 0:
+            self._thread.join()
+        problem = first_problem(self._error)
+        # All other threads have ended: what they wrote is there, or rank 0's would wait for it in vain.
+        self._give_up_at = time.monotonic() + (0 if problem else SHARED_DISK_S)
+        self._thread.join()
+        problem = broadcast_object(problem or self._error)
+        self._thread = self._error = None
+        self._raise_if(problem)
+
+    def _partial(self) -> Path:
+        return self.root / f".tmp-{_name(self._step)}"
+
+    def _prepare(self, num_bytes: int) -> str | None:
+        """Clear what dead runs left and make room; what is wrong, if anything."""
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            for left in [*root.glob(".tmp-*"), *root.glob(".old-*")]:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for left in [*self.root.glob(".tmp-*"), *self.root.glob(".old-*")]:  # an old done-*.json would be taken for a new one
                 shutil.rmtree(left)
-            partial.mkdir()
-        except OSError as problem:
-            error = str(problem)
-    if (error := broadcast_object(error)) is None:
-        files: dict[str, tuple[int, str]] = {}
-        mine = None
+            free = shutil.disk_usage(self.root).free
+            if num_bytes > free:
+                return f"No space left on device: it takes {num_bytes:,} bytes, but {free:,} are free"
+            self._partial().mkdir()
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory, which is kept for the next ones: fresh pages would cost more than the copying."""
+        for name, value in tensors.items():
+            if name not in self._host or self._host[name].shape != value.shape:
+                self._host[name] = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format, pin_memory=value.is_cuda)
+            self._host[name].copy_(value, non_blocking=True)
+        return {name: self._host[name] for name in tensors}
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        """The thread: no collective here."""
+        started, partial = time.monotonic(), self._partial()
         try:
-            files = _write_rank_files(partial, rank, engine, state)
-        except (OSError, SafetensorError) as problem:
-            mine = f"rank {rank}: {problem}"
-        results = gather_objects((mine, files))
-        error = next((message for message, _ in results if message), None)
-        if rank == 0 and error is None:
-            try:
-                manifest = {"format": FORMAT, "step": step, "world_size": len(results), "files": {k: v for _, part in results for k, v in part.items()}}
-                write_text(partial / "MANIFEST.json", json.dumps(manifest, indent=1))
-                if final.exists():
-                    final.rename(root / f".old-{_name(step)}")
-                partial.rename(final)
-                sync_path(root)
-                write_text(root / "LATEST", _name(step) + "\n")
-                shutil.rmtree(root / f".old-{_name(step)}", ignore_errors=True)
-            except OSError as problem:
-                error = f"rank 0: {problem}"
-        error = broadcast_object(error)
-    if error is not None:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        kept = _complete_names(root)
-        last = f"The last complete checkpoint is {root / kept[-1]}" if kept else "There is no earlier checkpoint"
-        raise CheckpointError(f"{final}: could not be saved ({error}). {last}; free space in {root}, then `dqtrain resume {root.parent}`.")
-    if rank == 0:
-        best = state.get("best")
-        for name in _complete_names(root)[:-keep_last]:
-            if best is None or name != _name(best["step"]):
-                (root / name).rename(root / f".old-{name}")
-                shutil.rmtree(root / f".old-{name}")
+            partial.mkdir(parents=True, exist_ok=True)
+            files = {
+                name: write_tensors(partial / name, {key: (value.dtype, value.shape) for key, value in tensors.items()}, tensors.__getitem__)
+                for name, tensors in snapshot.files.items()
+            }
+            write_text(partial / f"done-{self.world.rank:05d}.json", json.dumps({"files": files, **snapshot.about}))
+            if self.world.rank == 0:
+                num_bytes = self._commit(snapshot)
+                if self.on_saved is not None:
+                    self.on_saved(step=snapshot.step, stall_s=round(snapshot.stall_s, 4), write_s=round(time.monotonic() - started, 4), bytes=num_bytes)
+                self._forget(snapshot.state.get("best"))
+        except OSError as error:
+            self._error = f"rank {self.world.rank}: {error}"
+        except Exception:  # a mistake of ours: the main threads must hear of it, or they would wait for ever
+            self._error = f"rank {self.world.rank}: {traceback.format_exc()}"
+
+    def _commit(self, snapshot: _Snapshot) -> int:
+        """Wait for the other ranks' files, and make the checkpoint visible; bytes of all files. Raises OSError."""
+        partial, final = self._partial(), self.root / _name(snapshot.step)
+        done = [f"done-{rank:05d}.json" for rank in range(self.world.world_size)]
+        while missing := set(done).difference(os.listdir(partial)):
+            if time.monotonic() > self._give_up_at:
+                raise OSError(f"{partial} has no {min(missing)}, which that rank has written; run.dir must be on a disk that all ranks share")
+            time.sleep(_POLL_S)
+        reports = [json.loads((partial / name).read_text()) for name in done]
+        for name in done:
+            (partial / name).unlink()
+        files = {name: entry for report in reports for name, entry in report["files"].items()}
+        index = Index.join((report["pieces"] for report in reports), max(report["optimizer_step_count"] for report in reports))
+        files["index.json"] = _write_json(partial / "index.json", index.content)
+        versions = {name: version(name) for name in ("dqtrain", "torch", "deepspeed", "transformers")}
+        files["state.json"] = _write_json(partial / "state.json", {**snapshot.state, "versions": versions}, indent=1)
+        manifest = {"format": FORMAT, "step": snapshot.step, "world_size": self.world.world_size, "files": files}
+        _write_json(partial / "MANIFEST.json", manifest, indent=1)
+        if final.exists():
+            final.rename(self.root / f".old-{final.name}")
+        partial.rename(final)
+        sync_path(self.root)
+        write_text(self.root / "LATEST", final.name + "\n")
+        shutil.rmtree(self.root / f".old-{final.name}", ignore_errors=True)
+        return sum(size for size, _ in files.values())
+
+    def _forget(self, best: dict[str, Any] | None) -> None:
+        """Delete the checkpoints that are not to be kept. Raises OSError."""
+        for name in _complete_names(self.root)[: -self.keep_last]:
+            step = int(name.removeprefix("step-"))
+            if (best is None or step != best["step"]) and (self.keep_every is None or step % self.keep_every):
+                (self.root / name).rename(self.root / f".old-{name}")
+                shutil.rmtree(self.root / f".old-{name}")
+
+    def _raise_if(self, problem: str | None) -> None:
+        """Raise CheckpointError for a problem that all ranks know of. Collective."""
+        if problem is None:
+            return
+        message = ""
+        if self.world.rank == 0:
+            shutil.rmtree(self._partial(), ignore_errors=True)
+            kept = _complete_names(self.root)
+            last = f"The last complete checkpoint is {self.root / kept[-1]}" if kept else "There is no earlier checkpoint"
+            what = f"{self.root / _name(self._step)}: could not be saved ({problem})"
+            message = f"{what}. {last}; free space in {self.root}, then `dqtrain resume {self.root.parent}`."
+        raise CheckpointError(broadcast_object(message))
+
+
+# --- finding
 
 
 def _complete_names(root: Path) -> list[str]:
@@ -120,30 +356,42 @@ def _complete_names(root: Path) -> list[str]:
     return sorted(path.name for path in root.glob("step-*")) if root.is_dir() else []
 
 
-def problem_with(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing: every size and hash is compared with the manifest."""
+Files = dict[str, tuple[int, str]]
+"""File -> (bytes, hash), as a manifest has them."""
+
+
+def _problem(folder: Path, check: Callable[[Files], str | None]) -> str | None:
+    """What `check` says of the files in a checkpoint's manifest, or why that cannot be said."""
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
         if manifest["format"] != FORMAT:
             return f"MANIFEST.json has format {manifest['format']}, this dqtrain reads {FORMAT}"
-        for name, (size, expected) in manifest["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, the manifest says {size}"
-            if digest(folder / name) != expected:
-                return f"{name} does not have the hash in the manifest"
+        return check(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # no file, no JSON, or JSON of another shape
         return f"{type(error).__name__}: {error}"
+
+
+def _wrong_size(folder: Path, files: Files) -> str | None:
+    for name, (size, _) in files.items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes, the manifest says {size}"
     return None
 
 
-def newest(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest sound checkpoint, and one message for each newer one that is passed over.
+def _wrong_hash(folder: Path, files: Files, names: Iterable[str]) -> str | None:
+    damaged = next((name for name in names if digest(folder / name) != files[name][1]), None)
+    return None if damaged is None else f"{damaged} does not have the hash in the manifest"
 
-    Raises CheckpointError when there are checkpoints but none is sound: starting from step 0 would be silent loss.
-    """
+
+def problem_with(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if nothing: every size and hash is compared with the manifest."""
+    return _problem(folder, lambda files: _wrong_size(folder, files) or _wrong_hash(folder, files, files))
+
+
+def _newest(root: Path, names: Sequence[str], problem_with: Callable[[Path], str | None]) -> tuple[Path | None, list[str]]:
     passed_over: list[str] = []
-    for name in reversed(_complete_names(root)):
+    for name in reversed(names):
         problem = problem_with(root / name)
         if problem is None:
             return root / name, passed_over
@@ -153,14 +401,43 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def newest_alone(root: Path) -> tuple[Path | None, list[str]]:
-    """`newest`, after which it is the newest of all: damaged ones are renamed to `damaged-...`, so that retention does not count them."""
-    folder, passed_over = newest(root)
-    for name in _complete_names(root) if folder else []:
-        if folder and name > folder.name:
+def newest(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest sound checkpoint, and one message for each newer one that is passed over.
+
+    Raises CheckpointError when there are checkpoints but none is sound: starting from step 0 would be silent loss.
+    """
+    return _newest(root, _complete_names(root), problem_with)
+
+
+def agree_on_newest(root: Path, engine: StudentEngine, world: World) -> tuple[Path | None, list[str]]:
+    """`newest` for an engine: rank 0 compares sizes, each rank the hashes of what it will read. Collective; every rank gets, or raises, the same.
+
+    After it the folder is the newest of all: damaged ones are renamed to `damaged-...`, so that retention does not count them.
+    """
+    wanted = [(fragment.name, fragment.start, fragment.numel) for fragment in engine.fragments()]
+
+    def problem_with(folder: Path) -> str | None:
+        problem = _problem(folder, lambda files: _wrong_size(folder, files)) if world.rank == 0 else None
+        return broadcast_object(problem) or first_problem(_problem(folder, lambda files: _wrong_in_share(folder, files, wanted, world)))
+
+    names = broadcast_object(_complete_names(root))
+    folder, passed_over = _newest(root, names, problem_with)
+    if folder is not None and world.rank == 0:
+        for name in (name for name in names if name > folder.name):
             shutil.rmtree(root / f"damaged-{name}", ignore_errors=True)
             (root / name).rename(root / f"damaged-{name}")
     return folder, passed_over
+
+
+def _wrong_in_share(folder: Path, files: Files, wanted: Iterable[tuple[str, int, int]], world: World) -> str | None:
+    """Damage in the files that this rank reads for (name, start, numel); those that nobody reads are shared out."""
+    problem = _wrong_hash(folder, files, [name for name in files if not name.startswith("rank-")])
+    if problem is not None:
+        return problem
+    index = Index.read(folder)
+    written = {int(name.removeprefix("rank-").removesuffix(".safetensors")) for name in files if name.startswith("rank-")}
+    idle = {rank for rank in written - index.holders() if rank % world.world_size == world.rank}
+    return _wrong_hash(folder, files, [_rank_file(rank) for rank in sorted(index.ranks(wanted) | idle)])
 
 
 def at_step(root: Path, step: int) -> Path:
@@ -172,87 +449,179 @@ def at_step(root: Path, step: int) -> Path:
     return folder
 
 
+# --- reading
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` that was saved."""
+    """The `state` that was saved, and `versions`."""
     return json.loads((folder / "state.json").read_text())
 
 
 class _Pieces:
-    """All fragments of a checkpoint, by parameter name."""
+    """The tensors of a checkpoint, read from whichever ranks' files hold them; a file is opened when it is first needed."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = [safe_open(path, "pt") for path in sorted(folder.glob("rank-*.safetensors"))]
-        metas = [json.loads(file.metadata()["meta"]) for file in self.files]
-        self.optimizer_step_count = max(meta["optimizer_step_count"] for meta in metas)
-        self.index: dict[str, list[tuple[dict[str, Any], Any]]] = {}
-        for file, meta in zip(self.files, metas, strict=True):
-            for name, piece in meta["pieces"].items():
-                self.index.setdefault(name, []).append((piece, file))
-        self.keys = sorted({key.rpartition("|")[2] for file in self.files for key in file.keys()})  # noqa: SIM118 - safe_open is no dict
+        self.folder, self.index = folder, Index.read(folder)
+        self._files: dict[int, Any] = {}
 
     def fill(self, name: str, key: str, start: int, out: Tensor) -> None:
         """Copy elements start .. start + len(out) of a flattened parameter's tensor into `out`."""
-        stop, filled = start + out.numel(), 0
-        for piece, file in self.index.get(name, []):
-            low, high = max(piece["start"], start), min(piece["start"] + piece["numel"], stop)
-            if low < high:
-                part = file.get_slice(f"{name}|{key}")[low - piece["start"] : high - piece["start"]]
-                out[low - start : high - start].copy_(part)
-                filled += high - low
+        filled = 0
+        for part in self.index.parts(name, start, out.numel()):
+            if part.rank not in self._files:
+                self._files[part.rank] = safe_open(self.folder / _rank_file(part.rank), "pt")
+            piece = self._files[part.rank].get_slice(f"{name}|{key}")[part.offset : part.offset + part.numel]
+            out[part.start : part.start + part.numel].copy_(piece)
+            filled += part.numel
         if filled != out.numel():
             raise CheckpointError(
                 f"{self.folder}: has {filled} of the {out.numel()} elements of {name} ({key}) that are needed; it was written by another model."
             )
 
+    def whole(self, name: str) -> Tensor:
+        """A parameter in fp32."""
+        parameter = self.index.parameters[name]
+        out = torch.empty(parameter["total"])
+        self.fill(name, "fp32", 0, out)
+        return out.view(parameter["shape"])
+
 
 def load(folder: Path, engine: StudentEngine) -> None:
-    """Put a checkpoint's weights, moments and buffers into an engine of any world size and stage. Collective."""
-    pieces = _Pieces(folder)
-    engine.prepare_moments(pieces.optimizer_step_count)
-    for fragment in engine.fragments():
-        for key, tensor in fragment.tensors.items():
-            if key == "fp32" or pieces.optimizer_step_count > 0:
-                pieces.fill(fragment.name, key, fragment.start, tensor)
+    """Put a sound checkpoint's weights, moments and buffers into an engine of any world size and stage. Collective.
+
+    Raises CheckpointError, on every rank, when it was written by another model.
+    """
+    pieces, saved = _Pieces(folder), load_file(folder / "buffers.safetensors")
+    engine.prepare_moments(pieces.index.optimizer_step_count)
+    problem = None
+    try:
+        for fragment in engine.fragments():
+            _fill_fragment(pieces, fragment)
+        for name, buffer in persistent_buffers(engine.module).items():
+            if name not in saved or saved[name].shape != buffer.shape:
+                raise CheckpointError(f"{folder}: has no buffer {name} of shape {tuple(buffer.shape)}; it was written by another model.")
+            buffer.copy_(saved[name])
+    except CheckpointError as error:
+        problem = str(error)
+    problem = first_problem(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
     engine.publish()
-    saved = load_file(folder / "buffers.safetensors")
-    for name, buffer in persistent_buffers(engine.module).items():
-        if name not in saved or saved[name].shape != buffer.shape:
-            raise CheckpointError(f"{folder}: has no buffer {name} of shape {tuple(buffer.shape)}; it was written by another model.")
-        buffer.copy_(saved[name])
 
 
-def weights(folder: Path, prefix: str = "student.model.") -> Iterator[tuple[str, Tensor]]:
+def _fill_fragment(pieces: _Pieces, fragment: Fragment) -> None:
+    for key, tensor in fragment.tensors.items():
+        if key == "fp32" or pieces.index.optimizer_step_count > 0:
+            pieces.fill(fragment.name, key, fragment.start, tensor)
+
+
+def weights(folder: Path, prefix: str = _PREFIX) -> Iterator[tuple[str, Tensor]]:
     """Every trained parameter whole, in fp32, one at a time, named as in its transformers model."""
     pieces = _Pieces(folder)
-    for name, found in pieces.index.items():
-        whole = torch.empty(found[0][0]["total"])
-        pieces.fill(name, "fp32", 0, whole)
-        yield name.removeprefix(prefix), whole.view(found[0][0]["shape"])
+    for name in pieces.index.parameters:
+        yield name.removeprefix(prefix), pieces.whole(name)
 
 
-def fill(model: nn.Module, folder: Path, prefix: str = "student.model.") -> dict[str, Tensor]:
+def _buffers_of_model(folder: Path, prefix: str) -> dict[str, Tensor]:
+    saved = load_file(folder / "buffers.safetensors")
+    return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+
+
+def readers(folder: Path, prefix: str = _PREFIX) -> dict[str, Reader]:
+    """Readers of every trained parameter and buffer of the model, by name: for `engine.materialise`."""
+    pieces = _Pieces(folder)
+    parameters = {name.removeprefix(prefix): functools.partial(pieces.fill, name, "fp32") for name in pieces.index.parameters}
+    return parameters | readers_of(_buffers_of_model(folder, prefix))
+
+
+def fill(model: nn.Module, folder: Path, prefix: str = _PREFIX) -> dict[str, Tensor]:
     """Put a checkpoint's weights and buffers into a model on this process, one tensor at a time; what the model has no place for, by name.
 
     Raises CheckpointError when the checkpoint lacks one of the model's parameters or holds another shape.
     """
     places = dict(model.named_parameters()) | persistent_buffers(model)
-    missing, left_over = set(places), {}
-    saved = {name.removeprefix(prefix): value for name, value in load_file(folder / "buffers.safetensors").items() if name.startswith(prefix)}
+    found, left_over = set(), {}
     with torch.no_grad():
-        for name, value in itertools.chain(weights(folder, prefix), saved.items()):
+        for name, value in itertools.chain(weights(folder, prefix), _buffers_of_model(folder, prefix).items()):
             if name not in places:
                 left_over[name] = value
                 continue
-            if places[name].shape != value.shape:
-                raise CheckpointError(
-                    f"{folder}: {name} has shape {tuple(value.shape)}, the model's is {tuple(places[name].shape)}; it was written by another model."
-                )
+            _require_shape(folder, name, value.shape, places[name].shape)
             places[name].copy_(value)
-            missing.discard(name)
-    if missing:
-        raise CheckpointError(f"{folder}: lacks {len(missing)} of the model's tensors, such as {min(missing)}; it was written by another model.")
+            found.add(name)
+    _require_all(folder, places, found)
     return left_over
+
+
+def _require_shape(folder: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(found) != tuple(expected):
+        raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, the model's is {tuple(expected)}; it was written by another model.")
+
+
+def _require_all(folder: Path, places: Iterable[str], found: Collection[str]) -> None:
+    missing = sorted(name for name in places if name not in found)
+    if missing:
+        raise CheckpointError(f"{folder}: lacks {len(missing)} of the model's tensors, such as {missing[0]}; it was written by another model.")
+
+
+def write_model(folder: Path, student: Path, out: Path, dtype: torch.dtype, shard_bytes: int = 5 * 10**9) -> None:
+    """Write a sound checkpoint's latent weights as a Hugging Face directory, in fp32 or bf16, with one tensor in memory at a time and without a GPU.
+
+    `student` holds what a model has but its weights (`RunDir.student`). A quantized student's latent weights are those *before* fake quantization: a float
+    model to look at or to train on. Its learned scales, which a float model has no place for, are left out; the packed artifact has what was trained. Weights
+    are in files of at most `shard_bytes`, tied ones once. Raises CheckpointError when `out` exists, when it cannot be written, and for another model.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists, and nothing is overwritten. Give another directory, or remove it.")
+    model = meta_model(student)
+    places = {name: tuple(value.shape) for name, value in (dict(model.named_parameters()) | persistent_buffers(model)).items()}
+    pieces, buffers = _Pieces(folder), _buffers_of_model(folder, _PREFIX)
+    shapes = {name.removeprefix(_PREFIX): tuple(parameter["shape"]) for name, parameter in pieces.index.parameters.items()}
+    shapes |= {name: tuple(value.shape) for name, value in buffers.items()}
+    strange = sorted(name for name in shapes if name not in places and not is_learned_scale(name))
+    if strange:
+        raise CheckpointError(f"{folder}: has {strange[0]}, which the model of {student} has no place for; it was written by another model.")
+    _require_all(folder, places, shapes)
+    for name, expected in places.items():
+        _require_shape(folder, name, shapes[name], expected)
+
+    def read(name: str) -> Tensor:
+        value = buffers[name] if name in buffers else pieces.whole(_PREFIX + name)
+        return value.to(dtype) if value.is_floating_point() else value
+
+    dtypes = {name: buffers[name].dtype if name in buffers and not buffers[name].is_floating_point() else dtype for name in places}
+    shards: list[list[str]] = []
+    room = 0
+    for name, shape in places.items():
+        size = math.prod(shape) * dtypes[name].itemsize
+        if size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    total = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in places.items())
+    partial = out.with_name(f".tmp-{out.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for file in student.iterdir():
+            shutil.copy(file, partial)
+        config = json.loads((student / "config.json").read_text())
+        write_text(partial / "config.json", json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2))  # transformers loads in this one
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_tensors(partial / file_name, {name: (dtypes[name], places[name]) for name in names}, read)
+            weight_map |= dict.fromkeys(names, file_name)
+        if len(shards) > 1:
+            write_text(partial / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+        for path in partial.iterdir():
+            sync_path(path)
+        partial.rename(out)
+        sync_path(out.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{out}: could not be written ({error}). It takes {total:,} bytes; free space there, then try again.") from None
 
 
 def require_same_config(folder: Path, saved: dict[str, Any], config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """The command line. torch is imported after parsing, so that --help takes well under a second."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from dqtrain.config import BITS_OF_GRID, RunConfig, check_ranks, load_config
 from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, Stopped, UserError
 from dqtrain.files import DISK_ERRORS
+from dqtrain.plan import GPUS, cheapest, fastest, plan
 from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.signals import stop_at_once
 from launch.local import run_ranks
@@ -22,6 +24,7 @@ EXAMPLES = """examples:
   dqtrain train configs/causal.yaml teacher.path=DIR data.train=FILE.jsonl run.dir=runs/mine --ranks 2
   dqtrain resume runs/mine                               continue after Ctrl-C, a kill or a full disk
   dqtrain inspect MODEL --quant 2-2-8                    what it does to a model, before any training
+  dqtrain plan configs/causal.yaml teacher.path=DIR --nodes 2 --gpus 8 --gpu h100    what a run takes, before it costs a GPU hour
   dqtrain eval runs/mine --split validation
   dqtrain generate runs/mine/artifact/packed "Once upon a time"
 
@@ -102,13 +105,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--group-size", type=_positive, help="inputs of linears that share a scale (default: one scale per matrix)")
     inspect.add_argument("--json", action="store_true", help="print the same figures as one JSON object")
+    planned = command(
+        "plan",
+        "memory per GPU, traffic, step time and checkpoints of a config by arithmetic; exit code 2 where it does not fit, with the cheapest plan that does",
+        "dqtrain plan configs/causal.yaml teacher.path=DIR --nodes 2 --gpus 8 --gpu h100\n"
+        "  dqtrain plan configs/causal.yaml teacher.path=DIR train.micro_batch=1 zero.student=3 --gpu a100-40 --json",
+    )
+    planned.add_argument("config", type=Path, help="YAML file; of its models config.json is read, and the headers of safetensors files if they are there")
+    planned.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    planned.add_argument("--nodes", type=_positive, default=1, help="nodes (default 1)")
+    planned.add_argument("--gpus", type=_positive, default=8, help="GPUs of a node (default 8)")
+    planned.add_argument("--gpu", choices=list(GPUS), default="h100", help="their kind (default h100)")
+    planned.add_argument("--json", action="store_true", help="print the same figures as one JSON object, in bytes and seconds")
     export = command("export", "write and verify the artifact of a finished run again", "dqtrain export runs/mine")
     export.add_argument("run", type=Path, help="run directory")
     bench = command("bench", "measure on this machine, side by side", "dqtrain bench quantizers")
     bench.add_argument(
         "what",
-        choices=["quantizers", "head", "terms"],
-        help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss; terms: what each adds to a step",
+        choices=["quantizers", "head", "terms", "memory", "checkpoint", "sharding"],
+        help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss; terms: what each adds to a step; "
+        "memory: bytes of real engines beside those of `dqtrain plan` (8 GB, minutes); checkpoint: saving and loading; "
+        "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk)",
     )
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
     generate.add_argument("model", type=Path, help="packed artifact or Hugging Face directory")
@@ -224,10 +241,10 @@ def _main(argv: Sequence[str] | None) -> int:
 
         return inspect(args.model, args.quant, args.config, args.grid, args.group_size, args.json)
     if args.command == "bench":
-        from dqtrain.bench import head, quantizers, terms
-
-        print(head.run() if args.what == "head" else terms.run() if args.what == "terms" else quantizers.run())
+        print(importlib.import_module(f"dqtrain.bench.{args.what}").run())
         return 0
+    if args.command == "plan":
+        return _plan(load_config(args.config, args.overrides), args.nodes, args.gpus, args.gpu, args.json)
     if args.command == "export":
         from dqtrain.artifact.export import export
         from dqtrain.artifact.load import chosen_checkpoint
@@ -262,6 +279,21 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
         writing.corpora[split] = tuple(data) if data else getattr(config.data, split)
         scores |= writing.scores(model, split)
     print(json.dumps(scores))
+    return 0
+
+
+def _plan(config: RunConfig, nodes: int, gpus: int, gpu: str, as_json: bool) -> int:
+    """Print a plan; raises ConfigError for one that does not fit, or that has fewer micro-batches than ranks."""
+    check_ranks(config.train, nodes * gpus)
+    asked = plan(config, nodes, gpus, gpu)
+    best, fitting = fastest(asked), None if asked.fits else cheapest(asked)
+    if as_json:
+        found = None if fitting is None else {"nodes": fitting.nodes, "gpus_per_node": fitting.gpus, "settings": fitting.settings}
+        print(json.dumps(asked.as_dict() | {"fastest_settings": best and best.settings, "cheapest": found}, indent=1))
+    else:
+        print(asked.table(best))
+    if not asked.fits:
+        raise ConfigError(asked.refusal(fitting))
     return 0
 
 

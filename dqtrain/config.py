@@ -27,6 +27,8 @@ class Run(Block):
     """The run directory: the identity of the run."""
     seed: int = Field(1, ge=0, lt=2**31)
     """Seed of everything random: initial weights, data order, dropout, sampled negatives."""
+    watchdog_s: int = Field(1800, ge=1)
+    """Seconds without a forward after which a rank leaves its stack traces in `exits/` and ends with 75, since another one hangs; longer than an update takes."""
 
 
 class Teacher(Block):
@@ -36,6 +38,10 @@ class Teacher(Block):
     """Its word comes from the model beside the student, or from what `dqtrain cache-teacher` stored: last hidden states, sampled ids (unbiased) or the likeliest ids (biased)."""
     draws: int = Field(50, ge=1, le=4096)
     """Ids per token: drawn from the teacher's distribution (sampled; they repeat, about 12 differ), or the likeliest ones (top_k)."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What its weights are kept and gathered in; bf16 halves both, and rounds weights that were not trained in it."""
+    live_layers: int = Field(2, ge=1)
+    """Layers of it that are whole at a time under `zero.teacher` 3: more are gathered ahead, for more memory."""
 
 
 class Student(Block):
@@ -139,6 +145,10 @@ class Train(Block):
     """Largest global gradient norm; 0: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision (bf16: autocast); weights, scales, losses and optimizer stay fp32."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of the student's layers alone for backward, and compute the rest again: less memory, a third more time."""
+    max_skipped_steps: int = Field(0, ge=0)
+    """Steps whose loss or gradient is not finite that are skipped, over the whole run; one more stops it, saved, with the batch that did it in `exits/`."""
 
     @model_validator(mode="after")
     def _check(self) -> "Train":
@@ -159,6 +169,12 @@ class Zero(Block):
     """ZeRO stage of the teacher: 0 keeps it whole on each rank, 3 partitions it."""
     persistence_threshold: int = Field(0, ge=0)
     """At stage 3, parameters of up to this many elements stay whole on every rank."""
+    live_layers: int | None = Field(None, ge=1)
+    """At stage 3, layers of the student that are whole at a time; null: up to 1e9 elements stay whole from forward to backward, which saves a second gather."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer's states are: on the GPU, or in host memory, where its step is computed too."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where partitioned weights of the student wait to be gathered; stage 3 alone."""
 
 
 Bits = Literal[1, 2, 3, 4, 8, "ternary"]
@@ -385,6 +401,8 @@ class Checkpoint(Block):
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = Field(2, ge=1)
     """Newest complete checkpoints that are kept, besides the best one."""
+    keep_every: int | None = Field(None, ge=1)
+    """Those of steps that this divides are kept as well; null: none."""
 
 
 class Export(Block):
@@ -463,16 +481,20 @@ def check_ranks(train: Train, world_size: int) -> None:
     """Raise ConfigError when a step has fewer micro-batches than there are ranks: some would never have work."""
     count = train.global_batch // train.micro_batch
     if count < world_size:
-        smaller = max(d for d in range(1, max(1, train.global_batch // world_size) + 1) if train.global_batch % d == 0)
+        if train.global_batch < world_size:
+            advice = f"set train.global_batch to {world_size} or more"
+        else:
+            advice = f"set train.micro_batch to {max(d for d in range(1, train.global_batch // world_size + 1) if train.global_batch % d == 0)}"
         raise ConfigError(
             f"a step has {count} micro-batches (train.global_batch {train.global_batch} / train.micro_batch {train.micro_batch}), which {world_size} ranks "
-            f"cannot share; set train.micro_batch to {smaller}, or start at most {count} ranks."
+            f"cannot share; {advice}, or start at most {count} ranks."
         )
 
 
 PASSIVE = frozenset(
-    "run.dir data.shards log.every_steps log.weights_every_steps checkpoint.every_steps checkpoint.keep_last eval.every_steps eval.max_samples export.checkpoint "
-    "zero.student zero.teacher zero.persistence_threshold eval.generation".split()
+    "run.dir run.watchdog_s data.shards log.every_steps log.weights_every_steps checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every "
+    "eval.every_steps eval.max_samples eval.generation export.checkpoint zero.student zero.teacher zero.persistence_threshold zero.live_layers zero.offload_optimizer "
+    "zero.offload_parameters teacher.live_layers train.activation_checkpointing train.max_skipped_steps".split()
 ) | {f"eval.generation.{name}" for name in Generation.model_fields}
 """Fields that may change when a run continues: the training goes on with the same samples and, up to the order of sums, the same numbers."""
 

@@ -6,10 +6,11 @@ with what was asked. All private names of DeepSpeed 0.19 that dqtrain relies on 
 read through are looked for at the start.
 """
 
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +23,7 @@ from dqtrain.config import Train, Zero
 from dqtrain.data.stream import Batch
 from dqtrain.distill.objective import Objective
 from dqtrain.errors import ConfigError
-from dqtrain.models import Inputs, LanguageModel, Outputs, Taught
+from dqtrain.models import Inputs, LanguageModel, Outputs, Reader, Taught
 from dqtrain.quant.diagnose import effective_rank, mean_cosine, weight_statistics
 from dqtrain.quant.modules import has_unit_of_weights, is_learned_scale, quantized_parameters
 from dqtrain.quant.pack import pack, unpack
@@ -65,12 +66,62 @@ def gather(parameters: Sequence[nn.Parameter], read_only: bool = False) -> Abstr
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None if read_only else 0)
 
 
+@torch.no_grad()
+def materialise(model: nn.Module, weights: Mapping[str, Reader], dtype: torch.dtype = torch.float32, partitioned: bool = False) -> None:
+    """Give parameters on the meta device memory, in `dtype`, and values, one at a time, and persistent buffers theirs; tied ones stay tied.
+
+    Partitioned, they are so as under ZeRO-3, and each rank reads and holds its own slice alone: never more than its partitions and one slice. To be called
+    before an engine is made. Raises ConfigError for a tensor that `weights` lacks. Collective when partitioned.
+    """
+    partition = deepspeed.zero.Init(dtype=dtype) if partitioned else None
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None or not parameter.is_meta:
+                continue
+            if parameter not in made:
+                read = _reader(weights, f"{prefix}.{key}" if prefix else key)
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
+                if partition is None:
+                    read(0, made[parameter].view(-1))
+                else:
+                    _read_partition(made[parameter], read, partition)
+            module._parameters[key] = made[parameter]
+    parameters = set(dict(model.named_parameters(remove_duplicate=False)))
+    for name, buffer in model.state_dict().items():
+        if name not in parameters:
+            _reader(weights, name)(0, buffer.view(-1))
+
+
+def _reader(weights: Mapping[str, Reader], name: str) -> Reader:
+    if name not in weights:
+        raise ConfigError(f"{name}: the model has this tensor, but what it starts from does not. Start from a model of the same kind, saved whole.")
+    return weights[name]
+
+
+def _read_partition(parameter: Any, read: Reader, partition: Any) -> None:
+    """Make a parameter a partitioned one, and fill this rank's slice: what it held is never touched, so that it never took memory."""
+    partition._convert_to_deepspeed_param(parameter)
+    parameter.partition()
+    slice_ = parameter.ds_tensor
+    start = min(torch.distributed.get_rank() * slice_.numel(), parameter.ds_numel)
+    own = min(slice_.numel(), parameter.ds_numel - start)
+    if own:
+        read(start, slice_[:own])
+    slice_[own:].zero_()  # padding
+
+
 LIVE_ELEMENTS = 10**9
 """Elements of a student that stay gathered between forward and backward: a small one keeps all of its own, and saves the second gather."""
 
+BUCKET_ELEMENTS = 5 * 10**7
+"""Gradients that are reduced at a time: a buffer of its own, which by default takes 2 GB of every GPU (5e8 in fp32)."""
 
-def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int = LIVE_ELEMENTS) -> dict[str, Any]:
+
+def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int = LIVE_ELEMENTS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    offload = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
     return {
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # the trainer calls step() when the step's micro-batches are done
@@ -81,11 +132,13 @@ def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int =
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             # The prefetch is no ceiling, this is: without it nearly all of a model was seen live at once (measured).
             "stage3_max_live_parameters": live_elements,
             "stage3_max_reuse_distance": live_elements,
             "stage3_prefetch_bucket_size": min(live_elements // 2, 5 * 10**7),
+            **{key: {"device": device} for key, device in offload.items() if device != "none"},
         },
     }
 
@@ -107,18 +160,39 @@ def _assert_started_as_asked(engine: Any, asked: dict[str, Any], name: str) -> N
 
 
 class TeacherEngine:
-    """A frozen model without optimizer; whole, or under ZeRO-3 gathered a few layers at a time."""
+    """A frozen model without optimizer; whole, or under ZeRO-3 gathered `live_layers` at a time."""
 
-    def __init__(self, module: LanguageModel, train: Train, zero: Zero, world: World) -> None:
+    def __init__(self, module: LanguageModel, train: Train, zero: Zero, world: World, live_layers: int = 2) -> None:
         module.requires_grad_(False).eval()
         self.module, self.device = module, world.device
+        self.live_elements = 0  # most elements of layers that were whole at a time, in the forwards that are watched
         if zero.teacher == 0:
             self._forward: Any = module.to(world.device)
             return
-        asked = _deepspeed_config(zero.teacher, train, zero, 2 * _largest_layer(module))
+        dtype = next(module.parameters()).dtype
+        alone = zero.model_copy(update={"offload_optimizer": "none", "offload_parameters": "none"})
+        asked = _deepspeed_config(zero.teacher, train, alone, live_layers * _largest_layer(module), dtype)
         self._forward, *_ = deepspeed.initialize(model=module, config=asked)
         _assert_started_as_asked(self._forward, asked, "teacher")
         self._forward.eval()
+        self._watch_live_elements()
+
+    def _watch_live_elements(self) -> None:
+        """Count what is whole at a time in the first forwards, since DeepSpeed's settings are no promise: in the first one it only learns the order."""
+        parameters, forwards = list(self.module.parameters()), 0
+
+        def count(module: nn.Module, inputs: Any) -> None:
+            self.live_elements = max(self.live_elements, sum(p.numel() for p in parameters))
+
+        def end(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            nonlocal forwards
+            forwards += 1
+            if forwards == WATCHED_FORWARDS:
+                for hook in hooks:
+                    hook.remove()
+
+        hooks = [module.register_forward_pre_hook(count) for module in self.module.modules()]
+        hooks.append(self.module.register_forward_hook(end))
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, layers: bool = True) -> Outputs:
@@ -132,9 +206,13 @@ class TeacherEngine:
         with gather(self.module.head_parameters(), read_only=True):
             yield Taught(said, self.module.plain_head())
 
-    def words(self) -> dict[str, float]:
-        """How alike the word embeddings are. Collective."""
-        return _words(self.module.model)
+    def figures(self) -> dict[str, float]:
+        """How alike the word embeddings are, and the most elements that were whole at a time; known to rank 0, the others have none. Collective."""
+        words = _words(self.module.model)
+        return {**words, "live_elements": float(self.live_elements)} if words and self.live_elements else words
+
+
+WATCHED_FORWARDS = 3
 
 
 @torch.no_grad()
@@ -152,7 +230,12 @@ def _words(model: Any) -> dict[str, float]:
 def _largest_layer(module: nn.Module) -> int:
     """Elements of the largest repeated block, or of the whole model if it has none."""
     blocks = [block for parent in module.modules() if isinstance(parent, nn.ModuleList) for block in parent] or [module]
-    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    return max(sum(_shape(p).numel() for p in block.parameters()) for block in blocks)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's shape, partitioned or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @dataclass(frozen=True)
@@ -174,10 +257,11 @@ class StudentEngine:
         self.module, self.stage = module, zero.student
         self._train = train
         self._codes: dict[str, Tensor] = {}  # packed, of the weights that this rank looked at last
-        self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        self._shapes = {name: tuple(_shape(p)) for name, p in module.named_parameters()}
         self._groups = _parameter_groups(module, train)
         optimizer = torch.optim.AdamW(self._groups, betas=train.adam_betas, eps=train.adam_eps)
-        asked = _deepspeed_config(zero.student, train, zero)
+        live_elements = zero.live_layers * _largest_layer(module.student) if zero.live_layers else LIVE_ELEMENTS
+        asked = _deepspeed_config(zero.student, train, zero, live_elements)
         module.to(world.device)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=asked)
         _assert_started_as_asked(self._engine, asked, "student")
@@ -206,12 +290,16 @@ class StudentEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, factor: float) -> float:
-        """Clip, update with learning rates `factor` x peak, clear gradients, move the bank; the global gradient norm before clipping. Collective."""
+        """Clip, update with learning rates `factor` x peak, clear gradients, move the bank; the global gradient norm before clipping. Collective.
+
+        Where that is not finite, nothing but the gradients changes: DeepSpeed makes no step then, on any rank.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
         self._engine.step()
-        self.module.end_step()
-        return float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm())
+        self.module.end_step(math.isfinite(norm))
+        return norm
 
     def learning_rates(self) -> dict[str, float]:
         """Current learning rate of each parameter group, as lr_GROUP."""
@@ -297,6 +385,14 @@ class StudentEngine:
                 part.data = view.data
         optimizer.checkpoint_event_epilogue()
 
+    @torch.no_grad()
+    def overwrite(self, values: Mapping[str, Tensor]) -> None:
+        """Replace trained parameters, by their names here. Collective."""
+        for fragment in self.fragments():
+            if fragment.name in values:
+                fragment.tensors["fp32"].copy_(values[fragment.name].reshape(-1)[fragment.start : fragment.start + fragment.numel])
+        self.publish()
+
     def destroy(self) -> None:
         """Drop the engine's hooks and buffers."""
         self._engine.destroy()
@@ -309,7 +405,7 @@ def _parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
         if is_learned_scale(name):
             kind = "clips" if has_unit_of_weights(name) else "scales"
         else:
-            kind = "weights" if parameter.ndim >= 2 else "vectors"
+            kind = "weights" if len(_shape(parameter)) >= 2 else "vectors"
         groups[kind].append(parameter)
     # A clip or a step moves with the weights it is measured in; a gamma or a zero point has a unit of its own.
     lrs = {"weights": train.lr, "vectors": train.lr, "scales": train.scale_lr or 1e-3, "clips": train.scale_lr or train.lr}

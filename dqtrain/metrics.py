@@ -88,7 +88,7 @@ class Metrics:
     def __init__(self, run: RunDir, world: World, total_steps: int) -> None:
         self._run, self._world, self._total_steps = run, world, total_steps
         self._sums: dict[str, Tensor] = {}
-        self._logged_step = 0
+        self._logged_step = self._left_out = 0
         self._first_step = self._timed_step = 0
         self._first_time = self._timed_time = time.monotonic()
         self._progress = Progress(total_steps) if world.rank == 0 else None
@@ -98,13 +98,19 @@ class Metrics:
         """Add this rank's contribution (a scalar) to the step's value. Every rank adds the same names between two log lines."""
         self._sums[name] = self._sums.get(name, 0.0) + torch.as_tensor(value, dtype=torch.float64, device=self._world.device).detach()
 
+    def leave_out(self, step: int) -> None:
+        """A step to which nothing was added counts in no mean."""
+        self._left_out += 1
+        if self._world.rank == 0:
+            self._run.event("skipped", step=step)
+
     def log(self, step: int, tokens_seen: int, **scalars: float) -> dict[str, Any]:
         """Write one log line after a step: the means of what was added, and the scalars as they are. Collective.
 
         tokens_seen counts the tokens of all ranks since the start of the run, the same number in every step. Returns the line:
         step, tokens, the added names in alphabetical order, the scalars, and TIMING. Raises OSError when the disk is full.
         """
-        num_steps = step - self._logged_step
+        num_steps = step - self._logged_step - self._left_out
         line: dict[str, Any] = {"step": step, "tokens": tokens_seen}
         line |= {name: _nine_digits(total / num_steps) for name, total in self._totals().items()}
         line |= {name: _nine_digits(value) for name, value in scalars.items()}
@@ -115,7 +121,7 @@ class Metrics:
         line |= dict(zip(TIMING, timing, strict=True))
         self._sums.clear()
         self._logged_step = self._timed_step = step
-        self._timed_time = now
+        self._left_out, self._timed_time = 0, now
         if self._progress is not None:
             append_line(self._run.log, json.dumps(line))
             writer = self._tensorboard()
@@ -178,14 +184,14 @@ class Metrics:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the steps that are not logged yet, as plain values, equal on every rank. Collective."""
-        return {"logged_step": self._logged_step, "sums": self._totals()}
+        return {"logged_step": self._logged_step, "left_out": self._left_out, "sums": self._totals()}
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
         """Continue after a checkpoint of that step, on any world size: the log ends as it did then. Before the first `add`.
 
         A run that was interrupted before its first checkpoint resumes at step 0, with the state of new metrics.
         """
-        self._logged_step = state["logged_step"]
+        self._logged_step, self._left_out = state["logged_step"], state["left_out"]
         self._first_step = self._timed_step = step
         self._first_time = self._timed_time = time.monotonic()
         for name, total in state["sums"].items():

@@ -5,17 +5,20 @@ two, so that the head is applied inside the loss (`distill/chunked.py`), and `lo
 """
 
 import copy
+import functools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -115,7 +118,7 @@ class Teacher(Protocol):
         """What it says about a micro-batch, within a context; without `layers` nothing of inner layers, whatever it gives else. Collective."""
         ...
 
-    def words(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """How alike its word embeddings are, if it knows them. Collective."""
         ...
 
@@ -270,6 +273,102 @@ def empty_model(folder: Path) -> PreTrainedModel:
     return _checked(_class_of(config).from_config(config, dtype=torch.float32), str(folder))
 
 
+def meta_model(source: Path | PretrainedConfig) -> PreTrainedModel:
+    """A model of a directory's config, or of a config, in eval mode: its parameters are on the meta device, without memory or values, its buffers are real.
+
+    Raises ConfigError.
+    """
+    config = read_model_config(source) if isinstance(source, Path) else source
+    _checked(_small(config), str(source) if isinstance(source, Path) else "student.architecture")
+    with init_empty_weights(include_buffers=False):
+        model = _class_of(config).from_config(config, dtype=torch.float32).eval()
+    model.tie_weights()  # accelerate makes a Parameter of each name
+    if isinstance(source, Path) and (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def _small(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of one layer per stack and few words that does what one of this config does, with random weights."""
+    config = _of_layers(config, LayerMaps(*((0,) for _ in _stacks(config))))
+    config.vocab_size = min(config.vocab_size, max(64, 1 + (config.pad_token_id or 0)))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = _class_of(config).from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():  # a new model's logits are near 0, where nothing would show
+            parameter.normal_(0, parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else parameter.normal_(1, 0.1)
+    return model
+
+
+Reader = Callable[[int, Tensor], None]
+"""Copies elements start, start + 1, ... of a flattened tensor into a vector, in the vector's dtype and on its device."""
+
+
+def readers_of(tensors: Mapping[str, Tensor]) -> dict[str, Reader]:
+    """Readers of tensors in memory, such as a state dict."""
+    return {name: functools.partial(_read_memory, tensor.detach().reshape(-1)) for name, tensor in tensors.items()}
+
+
+def _read_memory(flat: Tensor, start: int, out: Tensor) -> None:
+    out.copy_(flat[start : start + out.numel()])
+
+
+def open_weights(folder: Path, model: PreTrainedModel) -> dict[str, Reader]:
+    """Readers of a directory's safetensors by each name of a model's parameters and persistent buffers; no tensor is read yet, and slices are read alone.
+
+    A tied parameter may have any of its names in the files, and all may lack or have the prefix of the model without head. Where names differ otherwise
+    (experts that transformers puts together, old names, files of pickles) transformers loads the directory whole, into this rank's memory.
+    Raises ConfigError for tensors that are missing, damaged, or of another shape.
+    """
+    stored = _stored(folder)
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, Reader] = {}
+    for names, tensor in _by_names(model):
+        spelt = [spelling for name in names for spelling in (name, name.removeprefix(prefix), prefix + name)]
+        key = next((spelling for spelling in spelt if spelling in stored), None)
+        if key is None:
+            return readers_of(load_model(folder).state_dict())
+        piece = stored[key].get_slice(key)
+        if tuple(piece.get_shape()) != tuple(tensor.shape):
+            raise ConfigError(
+                f"{folder}: {key} has shape {tuple(piece.get_shape())}, but config.json makes it {tuple(tensor.shape)}. Save the model again whole."
+            )
+        found |= dict.fromkeys(names, functools.partial(_read_slice, piece))
+    return found
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """Tensor -> the open safetensors file that holds it; empty where there is no such file."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            files = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+        opened = [safe_open(folder / file, "pt") for file in files]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: its safetensors files cannot be read ({error}). Save the model again with save_pretrained.") from None
+    return {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
+
+
+def _by_names(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """Each parameter and persistent buffer with all its names."""
+    names: dict[Tensor, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(tensor, []).append(name)
+    for tensor, found in names.items():
+        yield found, tensor
+
+
+def _read_slice(piece: Any, start: int, out: Tensor) -> None:
+    """Read the rows that hold these elements, and no others."""
+    rows, *rest = piece.get_shape() or [1]
+    inner = math.prod(rest)
+    stop = start + out.numel()
+    first = start // inner
+    part = piece[first : -(-stop // inner)] if piece.get_shape() else piece[...]
+    out.copy_(part.reshape(-1)[start - first * inner : stop - first * inner])
+
+
 @torch.no_grad()
 def _checked(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Refuse a model whose logits are not head(last hidden states), whose losses would be of another function, and one that sees what comes after."""
@@ -311,8 +410,9 @@ DQ_BART_MAPS = {1: (5,), 2: (0, 5), 3: (0, 2, 5), 4: (0, 2, 3, 5), 5: (0, 1, 3, 
 
 
 @torch.no_grad()
-def has_norm_behind(model: PreTrainedModel, encoder: bool = False) -> bool:
+def has_norm_behind(config: PretrainedConfig, encoder: bool = False) -> bool:
     """Whether the last states of a model's decoder, or encoder, are more than what its last layer gives: those of models with a norm behind all layers."""
+    model = _small(config).eval()
     stack: Any = model.get_encoder() if encoder else model.get_decoder()
     blocks = next(module for module in stack.modules() if isinstance(module, nn.ModuleList))
     given: list[Tensor] = []
@@ -356,22 +456,18 @@ def _stacks(config: PretrainedConfig) -> list[tuple[str, ...]]:
     return [("num_decoder_layers",), ("num_layers",)]
 
 
-def cut(model: PreTrainedModel, maps: LayerMaps) -> PreTrainedModel:
-    """A model of the layers that `maps` names, all other weights copied (DQ-BART, section 3.3). Raises ConfigError where a layer depends on its number."""
-    config = copy.deepcopy(model.config)
-    depths = {len(layers) for layers in all_layers(config)}
-    for key, value in config.to_dict().items():
+def cut(model: PreTrainedModel, maps: LayerMaps) -> tuple[PreTrainedModel, dict[str, str]]:
+    """A model of the layers that `maps` names (DQ-BART, section 3.3), on the meta device, and the name in `model` that each of its tensors is copied from.
+
+    Raises ConfigError where a layer depends on its number.
+    """
+    depths = {len(layers) for layers in all_layers(model.config)}
+    for key, value in model.config.to_dict().items():
         by_number = key in ("scale_attn_by_inverse_layer_idx", "mlp_only_layers") and value
         of_layers = isinstance(value, list) and len(value) in depths and key not in ("layer_types", "architectures") and not key.endswith("_token_id")
         if by_number or of_layers:
             raise ConfigError(f"{type(model).__name__} has {key}, by which a layer depends on its number, so that it cannot be cut. Keep all layers.")
-    for names, kept in zip(_stacks(config), maps, strict=False):
-        for name in names:
-            setattr(config, name, len(kept))
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in maps.decoder]
-    student = _class_of(config).from_config(config, dtype=torch.float32)
-    weights = model.state_dict()
+    student = meta_model(_of_layers(model.config, maps))
     chosen = {}
     for side, kept in zip((model.get_decoder(), model.get_encoder() if maps.encoder else None), maps, strict=False):
         if side is None:
@@ -388,9 +484,18 @@ def cut(model: PreTrainedModel, maps: LayerMaps) -> PreTrainedModel:
                 return name if "relative_attention_bias" in name else moved  # T5's is in its first block alone
         return name
 
-    student.load_state_dict({name: weights[source(name)] for name in student.state_dict()})
     student.generation_config = model.generation_config
-    return student.eval()
+    return student, {name: source(name) for name in student.state_dict()}
+
+
+def _of_layers(config: PretrainedConfig, maps: LayerMaps) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    for names, kept in zip(_stacks(config), maps, strict=False):
+        for name in names:
+            setattr(config, name, len(kept))
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in maps.decoder]
+    return config
 
 
 def check_length(config: PretrainedConfig, data: Data, name: str) -> None:

@@ -89,6 +89,7 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
         return json.loads(path.read_text())
     from dqtrain.artifact.load import load_any
     from dqtrain.build import evaluation_stream, student_model, unigram_entropy
+    from dqtrain.engine import materialise
     from dqtrain.evaluate import evaluate
     from dqtrain.metrics import Phase
     from dqtrain.models import LanguageModel
@@ -101,7 +102,8 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
     stream = evaluation_stream(run.path, teacher, "test", None, None, config)
     found = {"unigram entropy": unigram_entropy(stream)}
     for kind, grid in SCALES.items():
-        model, *_ = student_model(config.model_copy(update={"quant": _with_grid(config.quant, grid)}))
+        model, _, _, weights = student_model(config.model_copy(update={"quant": _with_grid(config.quant, grid)}), 0, 0, world)
+        materialise(model, weights)
         found[kind] = evaluate(LanguageModel(model).to(world.device), stream, 16, world, progress=Phase(f"round-to-nearest with {kind} scales")).loss
     write_text(path, json.dumps(found, indent=1))
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dqtrain.config import PASSIVE, RunConfig, differences, dump_config, load_config
-from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, Stopped
+from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError
 from dqtrain.files import sync_path, write_aside, write_text
 
 HEARTBEAT_S = 10
@@ -222,6 +222,10 @@ class RunDir:
             self.owner.unlink(missing_ok=True)
             self._last_beat = -float("inf")
 
+    def bad_batches(self, step: int, rank: int) -> Path:
+        """Where a rank leaves the micro-batches of a step that is not finite."""
+        return self.exits / f"step-{step:09d}-rank-{rank:05d}.safetensors"
+
     def record_exit(self, rank: int, code: int, message: str, step: int | None) -> None:
         """Leave a rank's cause behind, synced, before it ends; step is the last one it finished, where known. Raises OSError."""
         self.exits.mkdir(exist_ok=True)
@@ -232,13 +236,13 @@ class RunDir:
         """What the ranks that ended since a moment followed from (time_ns, rank, code, message, step); None when no rank left a cause.
 
         The earliest mistake (codes 2 to 5); without one the earliest killed rank, since its peers' broken connections may be on record
-        before it is; then the earliest crash, then the earliest stop.
+        before it is; then the earliest crash or stop: a rank that was frozen may wake to find that the others have left it.
         """
         records = [json.loads(path.read_text()) for path in self.exits.glob("rank-*.json")]
 
         def order(record: dict[str, Any]) -> tuple[int, int]:
             code = record["code"]
-            kind = 0 if code in FINAL_CODES else 1 if code > 128 else 3 if code == Stopped.exit_code else 2
+            kind = 0 if code in FINAL_CODES else 1 if code > 128 else 2
             return kind, record["time_ns"]
 
         return min((record for record in records if record["time_ns"] >= since_ns), key=order, default=None)

@@ -2,43 +2,29 @@
 
 import json
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
-import xxhash
+from torch import Tensor
 
 from dqtrain import checkpoint
 from dqtrain.artifact.export import export
-from dqtrain.config import RunConfig, Train
-from dqtrain.data.stream import IGNORED, AnyStream, Batch
+from dqtrain.config import RunConfig
+from dqtrain.data.stream import IGNORED, AnyStream, Batch, write_batches
 from dqtrain.engine import StudentEngine
-from dqtrain.errors import CheckpointError, NumericsError, Stopped
+from dqtrain.errors import NumericsError, Stopped
 from dqtrain.evaluate import Evaluation
 from dqtrain.files import write_text
 from dqtrain.metrics import Metrics
 from dqtrain.models import Teacher, inputs_of
 from dqtrain.quant.modules import check_all_ran
 from dqtrain.rundir import RunDir
+from dqtrain.schedule import learning_rate_factor, seed_micro_batch
 from dqtrain.signals import StopRequest, stop_at_once
-from dqtrain.world import World, barrier, broadcast_object, sum_over_ranks
-
-T = TypeVar("T")
-
-
-def learning_rate_factor(step: int, train: Train) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then the decay. A pure function, so that nothing need be saved."""
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[train.decay]
-
-
-def seed_micro_batch(seed: int, step: int, index: int) -> None:
-    """Seed dropout and sampled negatives by position in the run, never by rank: then no random state need be saved."""
-    torch.manual_seed(xxhash.xxh64_intdigest(f"{seed}/{step}/{index}".encode()) >> 1)
+from dqtrain.world import World, barrier, on_rank_0, sum_over_ranks
 
 
 @dataclass
@@ -54,8 +40,14 @@ class Trainer:
     evaluation: Evaluation
     metrics: Metrics
     step: int = 0
+    skipped_steps: int = 0
     best: dict[str, Any] | None = None  # {"step", "loss"} of the lowest validation loss
-    saved_step: int | None = None
+    saved_step: int | None = None  # of the last save, which may be in flight
+    saver: checkpoint.Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        keep = self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
+        self.saver = checkpoint.Saver(self.run.checkpoints, self.world, *keep, partial(self.run.event, "checkpoint"))
 
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
@@ -66,6 +58,7 @@ class Trainer:
             num_tokens, stop = self.agree(batches, request)
             if stop:
                 self.save()
+                self.saver.wait()
                 barrier()
                 raise Stopped(f"stopped after step {self.step} of {self.config.train.steps}; saved. `dqtrain resume {self.run.path}` continues.")
             self.one_step(batches, num_tokens)
@@ -95,14 +88,17 @@ class Trainer:
         return batch
 
     def agree(self, batches: list[tuple[int, Batch]], request: StopRequest) -> tuple[int, bool]:
-        """(target tokens of the global batch, whether any rank was asked to stop). Collective."""
-        own = torch.tensor([sum(int((batch.labels != IGNORED).sum()) for _, batch in batches), int(request.received)], device=self.world.device)
-        total, stops = sum_over_ranks(own).tolist()
+        """(target tokens of the global batch, whether any rank was asked to stop). Collective. Raises CheckpointError when a save has failed on any rank."""
+        own = [sum(int((batch.labels != IGNORED).sum()) for _, batch in batches), int(request.received), int(self.saver.failed)]
+        total, stops, failures = sum_over_ranks(torch.tensor(own, device=self.world.device)).tolist()
+        if failures > 0:
+            self.saver.wait()
         return total, stops > 0
 
     def one_step(self, batches: list[tuple[int, Batch]], num_tokens: int) -> None:
         """Forward and backward of every micro-batch, then one update. Collective."""
         self.student.mode(training=True)
+        losses: list[dict[str, Tensor]] = []
         for index, batch in batches:
             inputs, labels = inputs_of(batch, self.world.device)
             with self.teacher.teaching(batch, inputs) if self.teacher else nullcontext() as taught:
@@ -110,19 +106,35 @@ class Trainer:
                 loss = self.student(inputs, labels, taught)
             # The engine averages gradients over ranks; the loss is the sum over ranks divided by the global number of target tokens.
             self.student.backward(loss.total * self.world.world_size / num_tokens)
-            for name, value in {"loss": loss.total.detach(), **loss.parts}.items():
-                self.metrics.add(name, value / num_tokens)
+            losses.append({"loss": loss.total.detach(), **loss.parts})
         factor = learning_rate_factor(self.step, self.config.train)
         gradient_norm = self.student.step(factor)
         if self.step == 0:
             check_all_ran(self.student.module)
+        if math.isfinite(gradient_norm):
+            for name, value in ((name, value) for loss in losses for name, value in loss.items()):
+                self.metrics.add(name, value / num_tokens)
+            self.metrics.add("gradient_norm", gradient_norm if self.world.rank == 0 else 0.0)
+        else:
+            self.leave_out(gradient_norm, batches, losses)
         self.step += 1
-        if not math.isfinite(gradient_norm):
-            raise NumericsError(
-                f"step {self.step}: the gradient norm is {gradient_norm}. Lower train.lr or set train.precision to fp32, then start a new run; "
-                "the last complete checkpoint is from before this step."
-            )
-        self.metrics.add("gradient_norm", gradient_norm if self.world.rank == 0 else 0.0)
+
+    def leave_out(self, gradient_norm: float, batches: list[tuple[int, Batch]], losses: list[dict[str, Tensor]]) -> None:
+        """Count a step that was not made since its gradient is not finite; over the limit save, keep the batch and raise NumericsError. Collective."""
+        what = f"step {self.step + 1}: the gradient norm is {gradient_norm}"
+        if self.skipped_steps < self.config.train.max_skipped_steps:
+            self.skipped_steps += 1
+            self.metrics.leave_out(self.step + 1)
+            self.metrics.say(f"{what}; skipped, as {self.skipped_steps} of at most {self.config.train.max_skipped_steps} steps")
+            return
+        self.save()
+        self.saver.wait()
+        bad = [pair for pair, loss in zip(batches, losses, strict=True) if not math.isfinite(loss["loss"])]
+        write_batches(self.run.bad_batches(self.step + 1, self.world.rank), bad or batches)
+        raise NumericsError(
+            f"{what}, so it was not made; the state before it is saved, the batch is in {self.run.exits}. Raise train.max_skipped_steps to skip it, "
+            "or lower train.lr in a new run."
+        )
 
     def validate(self) -> None:
         """Score the validation split, log it, and keep the checkpoint if it is the best so far. Collective."""
@@ -140,20 +152,21 @@ class Trainer:
     def look_at_weights(self) -> None:
         """Show in TensorBoard what quantization does to each weight, and how alike words are. Collective."""
         self.metrics.show_quantization(self.step, self.student.quantization())
-        taught = {f"teacher_{name}": value for name, value in self.teacher.words().items()} if self.teacher else {}
+        taught = {f"teacher_{name}": value for name, value in self.teacher.figures().items()} if self.teacher else {}
         self.metrics.show(self.step, self.student.words() | taught)
 
     def save(self) -> None:
-        """Commit a checkpoint of this step, unless there is one. Collective."""
+        """Start to write a checkpoint of this step, unless there is one. Collective."""
         if self.saved_step == self.step:
             return
-        state = {"step": self.step, "best": self.best, "pending_metrics": self.metrics.state(), "config": self.config.model_dump(mode="json")}
-        checkpoint.save(self.run.checkpoints, self.step, self.world.rank, self.student, state, self.config.checkpoint.keep_last)
+        state = {"step": self.step, "skipped_steps": self.skipped_steps, "best": self.best}
+        state |= {"pending_metrics": self.metrics.state(), "config": self.config.model_dump(mode="json")}
+        self.saver.save(self.step, self.student, state)
         self.saved_step = self.step
 
     def resume(self) -> None:
-        """Continue from the newest sound checkpoint, chosen by rank 0; from step 0 when there is none. Collective."""
-        folder, passed_over = self._on_rank_0(lambda: checkpoint.newest_alone(self.run.checkpoints))
+        """Continue from the newest checkpoint that all ranks find sound; from step 0 when there is none. Collective."""
+        folder, passed_over = checkpoint.agree_on_newest(self.run.checkpoints, self.student, self.world)
         for message in passed_over:
             self.metrics.say(message)
         pending = self.metrics.state()
@@ -161,16 +174,18 @@ class Trainer:
             state = checkpoint.read_state(folder)
             checkpoint.require_same_config(folder, state["config"], self.config)
             checkpoint.load(folder, self.student)
-            self.step, self.saved_step, self.best, pending = state["step"], state["step"], state["best"], state["pending_metrics"]
+            self.step = self.saved_step = state["step"]
+            self.skipped_steps, self.best, pending = state["skipped_steps"], state["best"], state["pending_metrics"]
         self.metrics.resume(self.step, pending)
         if self.world.rank == 0:
             self.run.event("start" if folder is None else "resume", step=self.step, ranks=self.world.world_size)
 
     def finish(self) -> None:
         """Test once, export, verify, and only then mark the run finished with result.json. Collective."""
+        self.saver.wait()
         stop_at_once()  # all is saved
         step = self.best["step"] if self.config.export.checkpoint == "best" and self.best else self.config.train.steps
-        folder = self._on_rank_0(lambda: checkpoint.at_step(self.run.checkpoints, step))
+        folder = on_rank_0(self.world, lambda: checkpoint.at_step(self.run.checkpoints, step))
         if step != self.step:
             checkpoint.load(folder, self.student)
         self.student.mode(training=False)
@@ -180,16 +195,3 @@ class Trainer:
             result = {"step": step, "test": scores, "export": export(self.run, folder)}
             write_text(self.run.result, json.dumps(result, indent=1))
         barrier()
-
-    def _on_rank_0(self, read: Callable[[], T]) -> T:
-        """What rank 0 reads, on every rank; its CheckpointError too. Collective."""
-        found: Any = None
-        if self.world.rank == 0:
-            try:
-                found = read()
-            except CheckpointError as error:
-                found = error
-        found = broadcast_object(found)
-        if isinstance(found, CheckpointError):
-            raise found
-        return found

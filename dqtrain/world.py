@@ -6,13 +6,14 @@ are called by every rank, in the same order; in a world of one they need no proc
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from dqtrain.errors import ConfigError
+from dqtrain.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
@@ -60,6 +61,25 @@ def broadcast_object(obj: T) -> T:
     objects = [obj]
     distributed.broadcast_object_list(objects, src=0)
     return objects[0]
+
+
+def first_problem(problem: str | None) -> str | None:
+    """What the lowest rank that has a problem says of it, on every rank; None when none has. Collective."""
+    return next(filter(None, gather_objects(problem)), None)
+
+
+def on_rank_0(world: World, read: Callable[[], T]) -> T:
+    """What rank 0 reads, on every rank; its UserError too. Collective."""
+    found: Any = None
+    if world.rank == 0:
+        try:
+            found = read()
+        except UserError as error:
+            found = error
+    found = broadcast_object(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 def gather_tensors(tensor: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ which the signal handlers and PR_SET_PDEATHSIG belong to, and before the process
 """
 
 import ctypes
+import json
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from dqtrain.errors import FINAL_CODES, ConfigError, Stopped
 from dqtrain.rundir import RunDir
@@ -60,16 +61,17 @@ def run_ranks(command: Sequence[str], ranks: int, run: RunDir, env: Mapping[str,
         for rank in range(ranks):
             output = stack.enter_context(run.rank_log(rank).open("ab")) if rank > 0 else None
             processes.append(_start(command, {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
-        codes = _wait(processes, received, run)
+        codes = _wait(processes, received, run, started_ns)
     cause = run.first_exit(started_ns) if any(codes) else None
     if cause is None:
         return next((code for code in codes if code), 0)
-    if cause["code"] != Stopped.exit_code and (cause["rank"] != 0 or cause["code"] > 128):
+    said = _cause(0, run, started_ns)  # rank 0 has printed it, unless it was killed
+    if cause["code"] > 128 or said is None or said["message"] != cause["message"]:
         print(f"rank {cause['rank']}: {cause['message']}", file=sys.stderr, flush=True)
     return cause["code"]
 
 
-def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int], run: RunDir) -> list[int]:
+def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int], run: RunDir, started_ns: int) -> list[int]:
     """Wait for all, pass signals on and end the peers of a failed rank. Returns the exit codes in the order in which the ranks ended."""
     codes: dict[int, int] = {}
     forwarded: set[int] = set()
@@ -79,7 +81,7 @@ def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int], run: R
             if rank not in codes and process.poll() is not None:
                 codes[rank] = _exit_code(process.returncode)
                 if not terminated:
-                    _explain(rank, process.returncode, run)
+                    _explain(rank, process.returncode, run, started_ns)
                 ended_at = min(ended_at, time.monotonic())
         if len(codes) == len(processes):
             return list(codes.values())
@@ -122,9 +124,17 @@ def _kill(processes: Sequence[subprocess.Popen]) -> None:
         process.wait()
 
 
-def _explain(rank: int, returncode: int, run: RunDir) -> None:
+def _cause(rank: int, run: RunDir, started_ns: int) -> dict[str, Any] | None:
+    """What a rank left behind since this start; an earlier start's may still be there."""
+    if not run.rank_exit(rank).exists():
+        return None
+    left = json.loads(run.rank_exit(rank).read_text())
+    return left if left["time_ns"] >= started_ns else None
+
+
+def _explain(rank: int, returncode: int, run: RunDir, started_ns: int) -> None:
     """Record the cause of a rank that crashed and could not do so itself."""
-    if returncode in (0, Stopped.exit_code, *FINAL_CODES) or (returncode > 0 and run.rank_exit(rank).exists()):
+    if returncode in (0, Stopped.exit_code, *FINAL_CODES) or (returncode > 0 and _cause(rank, run, started_ns)):
         return
     how = f"was ended by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with exit code {returncode}"
     where = f"; its output is in {run.rank_log(rank)}" if rank > 0 else ""

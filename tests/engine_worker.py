@@ -6,14 +6,18 @@ Starting a group costs seconds and a job far less, so that many jobs share one. 
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from families import cut_copy
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
@@ -24,10 +28,10 @@ from dqtrain.data.stream import IGNORED
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models import Inputs, LanguageModel, LayerMaps, all_layers, cut, layer_map
+from dqtrain.models import Inputs, LanguageModel, LayerMaps, all_layers, layer_map, meta_model, open_weights, readers_of
 from dqtrain.quant.activation import calibrate
-from dqtrain.quant.modules import initialise_scales, is_learned_scale, quantize_model
-from dqtrain.trainer import seed_micro_batch
+from dqtrain.quant.modules import quantize_model
+from dqtrain.schedule import seed_micro_batch
 from dqtrain.world import World, barrier, init_world, sum_over_ranks
 from launch.local import free_port
 
@@ -110,7 +114,7 @@ def student_model(
     """2-2-8, or 2-2-float; scales of one element (linears) and of one per row (embeddings). Other grids: 4-4-8, in groups. Encoder-decoders: 2 + 1 layers."""
     model = float_model(seed, family, **changes)
     if family != "gpt2":
-        model = cut(model, MAPS)
+        model = cut_copy(model, MAPS)
     inputs = ActivationQuant(bits=8, scale=scale, attention=True) if activations else None  # type: ignore[arg-type]
     quantize_model(model, SETTINGS[grid].model_copy(update={"activations": inputs}))
     threads = torch.get_num_threads()
@@ -122,8 +126,19 @@ def student_model(
     return model
 
 
-def student_module(seed: int = 2, precision: str = "fp32", family: str = "gpt2", **student: Any) -> Objective:
+def in_partitions(model: PreTrainedModel) -> PreTrainedModel:
+    """A 2-2-float model's weights and scales in a model that never was whole."""
+    again = meta_model(model.config)
+    quantize_model(again, SETTINGS["dynamic"], initialise=False)
+    engine.materialise(again, readers_of(dict(model.named_parameters())), partitioned=True)
+    assert held_whole(again) == []
+    return again
+
+
+def student_module(seed: int = 2, precision: str = "fp32", family: str = "gpt2", slices: bool = False, **student: Any) -> Objective:
     model, distill = student_model(seed, family=family, **student), settings_of(family)
+    if slices:
+        model = in_partitions(model)
     return Objective(LanguageModel(model, precision, **needed_outputs(distill)), distill, MAPS if family != "gpt2" else all_layers(model.config))
 
 
@@ -143,14 +158,26 @@ class Trained:
     """Student and teacher engines, with what their steps report."""
 
     def __init__(
-        self, world: World, stage: int, teacher: int = 0, precision: str = "fp32", threshold: int = 0, seed: int = 2, family: str = "gpt2", **student: Any
+        self,
+        world: World,
+        stage: int,
+        teacher: int = 0,
+        precision: str = "fp32",
+        threshold: int = 0,
+        seed: int = 2,
+        family: str = "gpt2",
+        offload: bool = False,
+        **student: Any,
     ):
         zero = Zero(student=stage, teacher=teacher, persistence_threshold=threshold)  # type: ignore[arg-type]
+        if offload:
+            zero = zero.model_copy(update={"offload_optimizer": "cpu", "offload_parameters": "cpu" if stage == 3 else "none"})
         train = TRAIN.model_copy(update={"precision": precision})
         self.world, self.stage, self.zero = world, stage, zero
         self.family, self.taught = family, teacher_module(precision, family)
         self.teacher = TeacherEngine(self.taught, train, zero, world)
         self.student = StudentEngine(student_module(seed, precision, family, **student), train, zero, world)
+        self.savers: dict[Path, checkpoint.Saver] = {}
         self.terms: list[dict[str, float]] = []
         self.whole: dict[str, set[str]] = {"student": set(), "teacher": set(), "left behind": set()}
 
@@ -175,8 +202,22 @@ class Trained:
             norm = self.student.step(FACTORS[step])
             self.terms.append({"gradient_norm": norm, **{name: float(sum_over_ranks(value)) for name, value in sums.items()}})
 
-    def save(self, root: Path, step: int, keep_last: int = 10, best: dict[str, Any] | None = None) -> None:
-        checkpoint.save(root, step, self.world.rank, self.student, {"step": step, "best": best}, keep_last)
+    def spoil(self) -> None:
+        """A step whose loss is NaN on the last rank alone."""
+        self.student.mode(training=True)
+        inputs, labels = micro_batches(0, self.family)[0]
+        with self.teacher.teaching(None, inputs) as taught:  # type: ignore[arg-type]
+            loss = self.student(inputs, labels, taught)
+        self.student.backward(loss.total * (float("nan") if self.world.rank == self.world.world_size - 1 else 1.0))
+        assert self.student.step(1.0) == float("inf")
+
+    def begin_save(self, root: Path, step: int, best: dict[str, Any] | None = None, keep_last: int = 10, keep_every: int | None = None) -> checkpoint.Saver:
+        saver = self.savers.setdefault(root, checkpoint.Saver(root, self.world, keep_last, keep_every))
+        saver.save(step, self.student, {"step": step, "best": best})
+        return saver
+
+    def save(self, root: Path, step: int, **how: Any) -> None:
+        self.begin_save(root, step, **how).wait()
 
     def outputs(self) -> dict[str, Tensor]:
         """What the student says in eval mode on one micro-batch, and its bank."""
@@ -190,10 +231,14 @@ class Trained:
         save_file(self.outputs(), path.with_name(f"{path.name}-{self.world.rank}.safetensors"))
 
 
-def train(world: World, folder: Path, name: str, **how: Any) -> None:
-    """Three steps; -> checkpoint NAME, outputs NAME-RANK.safetensors, report NAME-RANK.json."""
+def train(world: World, folder: Path, name: str, spoilt: bool = False, **how: Any) -> None:
+    """Three steps, with two between them that are not made; -> checkpoint NAME, outputs NAME-RANK.safetensors, report NAME-RANK.json."""
     run = Trained(world, **how)
-    run.train(0, 1, 2)
+    if spoilt:
+        run.spoil()
+        run.train(0)
+        run.spoil()
+    run.train(*((1, 2) if spoilt else (0, 1, 2)))
     run.save(folder / name, 3)
     run.write_outputs(folder / name)
     tensors = [value for fragment in run.student.fragments() for value in fragment.tensors.values()]
@@ -223,15 +268,27 @@ def release(world: World, folder: Path, name: str) -> None:
     engine._deepspeed_config = usual
 
 
-def teach(world: World, folder: Path, name: str, teacher: int, precision: str) -> None:
+def teach(world: World, folder: Path, name: str, teacher: int, precision: str, dtype: str = "float32") -> None:
     """The teacher alone; -> its Outputs on every micro-batch of a step, NAME-RANK.safetensors."""
-    module = teacher_module(precision)
+    module = teacher_module(precision).to(getattr(torch, dtype))
     forward = TeacherEngine(module, TRAIN, Zero(teacher=teacher), world)  # type: ignore[arg-type]
     found = {}
     for j, (inputs, _) in enumerate(micro_batches(0)):
         with torch.no_grad(), forward.teaching(None, inputs) as taught:  # type: ignore[arg-type]
             found |= {f"hidden-{j}": taught.outputs.hidden, f"logits-{j}": taught.head.logits(taught.outputs.hidden[inputs.is_target])}
     save_file(found, folder / f"{name}-{world.rank}.safetensors")
+
+
+def live(world: World, folder: Path) -> None:
+    """How much of a teacher of 8 layers is whole at a time, by `live_layers`; -> live-RANK.json."""
+    found = {}
+    for layers in (1, 2, 4, 7):
+        teacher = TeacherEngine(LanguageModel(float_model(1, n_layer=8)).eval(), TRAIN, Zero(teacher=3), world, layers)
+        for inputs, _ in micro_batches(0):
+            teacher(inputs)
+        found[layers] = teacher.live_elements
+        assert held_whole(teacher.module) == []
+    (folder / f"live-{world.rank}.json").write_text(json.dumps(found))
 
 
 def refusals(world: World, folder: Path) -> None:
@@ -265,20 +322,19 @@ def refusals(world: World, folder: Path) -> None:
         (folder / "refusals.json").write_text(json.dumps(found))
 
 
-def initialise(world: World, folder: Path) -> None:
-    """The learned scales of a model whose weights are partitioned; -> initialise-RANK.safetensors."""
-    model = float_model(2)
-    quantize_model(model, SETTINGS["affine"], initialise=False)
-    engine.deepspeed.zero.Init(module=model)
-    partitioned = [name for name, p in model.named_parameters() if p.numel() == 0]
-    assert len(partitioned) == len(list(model.parameters()))
-    initialise_scales(model, engine.gather)
-    found = {}
-    for name, parameter in model.named_parameters():
-        if is_learned_scale(name):
-            with engine.gather([parameter]):
+def load_by_slices(world: World, folder: Path, dtype: str, files: str) -> None:
+    """Each family's model out of its files in FILES, straight into partitions; -> FAMILY-DTYPE-RANK.safetensors, and how much memory each rank kept."""
+    for path in sorted((folder / files).iterdir()):
+        model = meta_model(path)
+        tied = len(list(model.parameters()))
+        engine.materialise(model, open_weights(path, model), getattr(torch, dtype), partitioned=True)
+        assert len(list(model.parameters())) == tied and held_whole(model) == []
+        found = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+        for name, parameter in model.named_parameters():
+            assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // world.world_size)
+            with engine.gather([parameter], read_only=True):
                 found[name] = parameter.detach().clone()
-    save_file(found, folder / f"initialise-{world.rank}.safetensors")
+        save_file(found, folder / f"{path.name}-{dtype}-{world.rank}.safetensors")
 
 
 def save_at(world: World, folder: Path, name: str, **how: Any) -> None:
@@ -306,40 +362,151 @@ def load_at(world: World, folder: Path, source: str, name: str, step: int = 2, t
 
 
 def retain(world: World, folder: Path) -> None:
-    """Checkpoints of steps 1 to 5, the best in the second; then the fifth once more."""
+    """Checkpoints of steps 1 to 5, the best in the second, then the fifth once more; and of steps 1 to 7, of which every third is kept."""
     run = Trained(world, stage=1)
     for step in (1, 2, 3, 4, 5, 5):
         run.save(folder / "retained", step, keep_last=2, best={"step": 2, "loss": 1.0} if step >= 2 else None)
+    for step in range(1, 8):
+        run.save(folder / "every-third", step, keep_last=1, keep_every=3)
     run.student.destroy()
 
 
+def refusal(call: Any, *arguments: Any) -> str | None:
+    """The message of the CheckpointError that a call raises."""
+    try:
+        call(*arguments)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 def fill_disk(world: World, folder: Path) -> None:
-    """Rank 1 alone cannot write its part of step 2; then it can. -> fill_disk-RANK.json, the message and what stood there."""
+    """Rank 1 alone cannot write its part of step 2; then it can. -> fill_disk-RANK.json, who noticed, the message, and what stood there."""
     run, root = Trained(world, stage=2), folder / "disk"
     run.save(root, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    message = None
-    try:
-        run.save(root, 2)
-    except CheckpointError as error:
-        message = str(error)
+    saver = run.begin_save(root, 2)
+    deadline = time.monotonic() + 60
+    while not sum_over_ranks(torch.tensor(int(saver.failed))) and time.monotonic() < deadline:  # as the trainer asks, at every step
+        time.sleep(0.01)
+    failed = saver.failed
+    message = refusal(saver.wait)
+    names = sorted(path.name for path in root.iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    barrier()  # rank 0 cleans up
-    (folder / f"fill_disk-{world.rank}.json").write_text(json.dumps({"message": message, "names": sorted(path.name for path in root.iterdir())}))
-    barrier()
+    (folder / f"fill_disk-{world.rank}.json").write_text(json.dumps({"failed": failed, "message": message, "names": names}))
     run.save(root, 3)
     run.student.destroy()
 
 
-def start_ranks(folder: Path, num_ranks: int, jobs: list[tuple[str, dict[str, Any]]]) -> None:
-    """Do the jobs on so many ranks; a rank that fails fails the test, with the output of all."""
+def not_shared(world: World, folder: Path) -> None:
+    """Rank 1 writes to a disk of its own. -> not_shared-RANK.json, the message."""
+    run, usual = Trained(world, stage=3), checkpoint.SHARED_DISK_S
+    checkpoint.SHARED_DISK_S = 0.5
+    message = refusal(run.begin_save(folder / f"disk-of-rank-{world.rank}", 1).wait)
+    (folder / f"not_shared-{world.rank}.json").write_text(json.dumps(message))
+    checkpoint.SHARED_DISK_S = usual
+    run.student.destroy()
+
+
+def no_room(world: World, folder: Path, root: str) -> None:
+    """A save that the disk has no room for. -> no_room-RANK.json, the message."""
+    run = Trained(world, stage=3)
+    message = refusal(run.begin_save, Path(root) / "checkpoints", 1)
+    (folder / f"no_room-{world.rank}.json").write_text(json.dumps(message))
+    run.student.destroy()
+
+
+def train_on(world: World, folder: Path, stage: int) -> None:
+    """While rank 1's part of step 2 is held back, training goes on, and spoils all that there is; twice. -> in-flight-STAGE, in-flight-STAGE-RANK.json."""
+    run, usual, go = Trained(world, stage=stage), checkpoint.write_tensors, threading.Event()
+
+    def wait_and_write(*arguments: Any) -> Any:
+        go.wait(60)
+        return usual(*arguments)
+
+    root, seen = folder / f"in-flight-{stage}", []
+    run.train(0)
+    run.save(root, 1)
+    run.train(1)
+    checkpoint.write_tensors = wait_and_write if world.rank == 1 else usual
+    saver = run.begin_save(root, 2)
+    run.train(2)
+    for fragment in run.student.fragments():
+        for tensor in fragment.tensors.values():
+            tensor.fill_(-7)
+    for buffer in state_of(run.student.module).values():
+        buffer.fill_(1)
+    seen = sorted(path.name for path in root.iterdir())
+    barrier()
+    go.set()
+    saver.wait()
+    checkpoint.write_tensors = usual
+    (folder / f"in-flight-{stage}-{world.rank}.json").write_text(json.dumps(seen))
+    run.student.destroy()
+
+
+def die_saving(world: World, folder: Path) -> None:
+    """Rank 1 is killed when it has written half of its part of step 2; rank 0 sees nothing complete, and leaves."""
+    run, root, usual = Trained(world, stage=3), folder / "killed", checkpoint.write_tensors
+
+    def write_half_and_die(path: Path, *arguments: Any) -> Any:
+        usual(path, *arguments)
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run.save(root, 1)
+    checkpoint.write_tensors = write_half_and_die if world.rank == 1 else usual
+    run.begin_save(root, 2)
+    time.sleep(2)
+    assert world.rank == 0
+    os._exit(0)
+
+
+def save_once(world: World, folder: Path, name: str, step: int, **how: Any) -> None:
+    run = Trained(world, stage=3, **how)
+    run.save(folder / name, step)
+    run.student.destroy()
+
+
+def choose(world: World, folder: Path, name: str, roots: list[str], stage: int) -> None:
+    """What each rank reads to agree on the newest of each root's checkpoints, and on which they agree. -> NAME-RANK.json."""
+    run, usual = Trained(world, stage=stage), checkpoint.digest
+    found: dict[str, Any] = {}
+    for root in roots:
+        read: list[str] = []
+
+        def note(path: Path, read: list[str] = read) -> str:
+            read.append(f"{path.parent.name}/{path.name}")
+            return usual(path)
+
+        checkpoint.digest = note
+        try:
+            chosen, messages = checkpoint.agree_on_newest(folder / root, run.student, world)
+            found[root] = {"chosen": chosen and chosen.name, "messages": messages, "read": read}
+        except CheckpointError as error:
+            found[root] = {"error": str(error), "read": read}
+        checkpoint.digest = usual
+    (folder / f"{name}-{world.rank}.json").write_text(json.dumps(found))
+    run.student.destroy()
+
+
+def load_another(world: World, folder: Path, source: str, stage: int) -> None:
+    """A checkpoint of another model. -> load_another-RANK.json, the message."""
+    run = Trained(world, stage=stage, n_layer=3)
+    message = refusal(checkpoint.load, folder / source / "step-000000002", run.student)
+    (folder / f"load_another-{world.rank}.json").write_text(json.dumps(message))
+    run.student.destroy()
+
+
+def start_ranks(folder: Path, num_ranks: int, jobs: list[tuple[str, dict[str, Any]]], expected: list[int] | None = None) -> None:
+    """Do the jobs on so many ranks; a rank that fails, or ends with another code than the expected one, fails the test, with the output of all."""
     folder.mkdir(exist_ok=True)
-    run_as_ranks([sys.executable, __file__, str(folder), json.dumps(jobs)], num_ranks)
+    run_as_ranks([sys.executable, __file__, str(folder), json.dumps(jobs)], num_ranks, expected)
 
 
-def run_as_ranks(command: list[str], num_ranks: int) -> None:
+def run_as_ranks(command: list[str], num_ranks: int, expected: list[int] | None = None) -> None:
     """Run a command as so many ranks; one that fails fails the test, with the output of all."""
     env = {**os.environ, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as output:
@@ -350,7 +517,7 @@ def run_as_ranks(command: list[str], num_ranks: int) -> None:
             for rank in ranks:
                 rank.kill()
         output.seek(0)
-        assert codes == [0] * num_ranks, f"exit codes {codes}\n{output.read()}"
+        assert codes == (expected or [0] * num_ranks), f"exit codes {codes}\n{output.read()}"
 
 
 if __name__ == "__main__":

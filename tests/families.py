@@ -27,6 +27,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from dqtrain.build import student_model
+from dqtrain.config import RunConfig
+from dqtrain.engine import materialise
+from dqtrain.models import LayerMaps, cut, readers_of
+from dqtrain.world import World
+
 IDS = torch.arange(24).reshape(2, 12) * 3 % 97
 
 
@@ -53,6 +59,24 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "mbart": _make(MBartForConditionalGeneration, MBartConfig, ("dropout",), **BART),
     "t5": _make(T5ForConditionalGeneration, T5Config, (), d_model=32, d_ff=48, d_kv=16, num_layers=2, num_heads=2, decoder_start_token_id=1, dropout_rate=0.0),
 }
+
+
+def cut_copy(model: PreTrainedModel, maps: LayerMaps) -> PreTrainedModel:
+    """A model of the layers that `maps` names, with copies of their weights."""
+    student, names = cut(model, maps)
+    weights = model.state_dict()
+    materialise(student, readers_of({name: weights[source] for name, source in names.items()}))
+    return student
+
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def whole_student(config: RunConfig) -> tuple[PreTrainedModel, LayerMaps]:
+    """The student of a config on this process, and its layer maps."""
+    student = student_model(config, 97, 0, ALONE)
+    materialise(student.model, student.weights)
+    return student.model, student.maps
 
 
 def logits_of(model: Callable[..., Any], ids: Tensor = IDS) -> Tensor:

@@ -156,7 +156,7 @@ def test_truncated_teacher(make_run, world, tmp_path):
     file = tmp_path / "teacher/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     code, message = refused_by_a_rank(make_run(teacher=f"{{path: {tmp_path / 'teacher'}}}"))
-    assert code == 2 and "cannot load it" in message
+    assert code == 2 and "its safetensors files cannot be read" in message
 
 
 def test_architecture_that_makes_no_model(world, make_run):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import config_text
-from families import FAMILIES
+from families import ALONE, FAMILIES, whole_student
 
 from dqtrain.build import student_model
 from dqtrain.config import Distill, Hidden, load_config
@@ -53,9 +53,9 @@ def test_a_student_that_is_the_beginning_of_its_teacher_has_no_distance(family, 
     config, folder = make(family, student=f"{{decoder_layers: {kept}}}")
     if kept != "[0, 1, 2, 3]" and family != "bart":
         with pytest.raises(ConfigError, match="has a norm behind its last layer"):
-            student_model(config)
+            student_model(config, 0, 0, ALONE)
         config, folder = make(family, student=f"{{decoder_layers: {kept}}}", distill="{task: 1.0, attention: {weight: 1.0}}")
-    model, _, maps = student_model(config)
+    model, maps = whole_student(config)
     assert list(maps.decoder) == json.loads(kept)
     objective = Objective(LanguageModel(model, **needed_outputs(config.distill)), config.distill, maps)
     teacher = LanguageModel(load_model(folder), **needed_outputs(config.distill))
@@ -72,21 +72,21 @@ def test_a_student_that_is_the_beginning_of_its_teacher_has_no_distance(family, 
 @pytest.mark.parametrize(("kept", "expected"), [("[0, 3]", (0, 3)), ("[1, 3]", (1, 3)), ("2", (0, 3)), ("null", (0, 1, 2, 3))])
 def test_layers_cut_from_a_start_of_the_teachers_depth_are_its_own(kept, expected, make, tmp_path):
     config, _ = make("gpt2", student=f"{{init_from: {tmp_path}/start, decoder_layers: {kept}}}", init_from=deep("gpt2", seed=1))
-    assert student_model(config)[2].decoder == expected
+    assert student_model(config, 0, 0, ALONE).maps.decoder == expected
 
 
 def test_a_shallower_start_is_spaced_over_the_teacher(make, tmp_path):
     config, _ = make("gpt2", student=f"{{init_from: {tmp_path}/start}}", init_from=deep("gpt2", 2, seed=1))
-    assert student_model(config)[2].decoder == (0, 3)
+    assert student_model(config, 0, 0, ALONE).maps.decoder == (0, 3)
 
 
 def test_a_deeper_start_is_refused_where_layers_are_compared(make, tmp_path):
     start = f"{{init_from: {tmp_path}/start}}"
     config, _ = make("gpt2", student=start, init_from=deep("gpt2", 5, seed=1))
     with pytest.raises(ConfigError, match="the student has 5 decoder layers, but .* has 4"):
-        student_model(config)
+        student_model(config, 0, 0, ALONE)
     config, _ = make("gpt2", student=start, distill="{logits: {weight: 1.0}}")
-    assert len(student_model(config)[0].transformer.h) == 5
+    assert len(student_model(config, 0, 0, ALONE).model.transformer.h) == 5
 
 
 def test_a_head_that_no_term_trains_is_refused(make):
@@ -94,7 +94,7 @@ def test_a_head_that_no_term_trains_is_refused(make):
     config, _ = make("llama", distill="{hidden: {weight: 1.0}}")
     config = config.model_copy(update={"quant": load_quant(quant)})
     with pytest.raises(ConfigError, match="is not tied to its embeddings and is quantized, but no live term trains it"):
-        student_model(config)
+        student_model(config, 0, 0, ALONE)
 
 
 def load_quant(text):

@@ -1,24 +1,91 @@
 """Checkpoints of real engines: bit-identical on any stage and world size, complete or absent, and refused when damaged."""
 
+import itertools
 import json
 import os
 import random
 import re
 import resource
 import shutil
+import signal
+import subprocess
 import time
 
+import hypothesis
 import pytest
 import torch
-from engine_worker import float_model, start_ranks, student_model
-from safetensors import safe_open
-from safetensors.torch import load_file
+from engine_worker import MAPS, float_model, start_ranks, student_model
+from families import cut_copy
+from hypothesis import strategies
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dqtrain import checkpoint
+from dqtrain.bench.checkpoint import owned
 from dqtrain.errors import CheckpointError
+from dqtrain.files import digest
 from dqtrain.quant.modules import is_learned_scale
 
 STAGES = (1, 2, 3)
+
+
+def step(folder, number):
+    return folder / f"step-{number:09d}"
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(folder):
+    os.truncate(folder / "rank-00001.safetensors", 1000)
+
+
+def exchange(folder):
+    (folder / "rank-00000.safetensors").rename(folder / "x")
+    (folder / "rank-00001.safetensors").rename(folder / "rank-00000.safetensors")
+    (folder / "x").rename(folder / "rank-00001.safetensors")
+
+
+def add_empty_rank(folder):
+    """Damage in a file that no rank reads."""
+    save_file({}, folder / "rank-00002.safetensors")
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["files"]["rank-00002.safetensors"] = [(folder / "rank-00002.safetensors").stat().st_size, "0" * 32]
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+DAMAGE = {
+    "truncated": truncate,
+    "last byte of a moment": lambda folder: flip(folder / "rank-00001.safetensors", -1),
+    "byte of the bank": lambda folder: flip(folder / "buffers.safetensors", -100),
+    "byte of the state": lambda folder: flip(folder / "state.json", 12),
+    "byte of the index": lambda folder: flip(folder / "index.json", 100),
+    "removed rank": lambda folder: (folder / "rank-00000.safetensors").unlink(),
+    "a rank that owned nothing": add_empty_rank,
+    "removed index": lambda folder: (folder / "index.json").unlink(),
+    "removed bank": lambda folder: (folder / "buffers.safetensors").unlink(),
+    "removed manifest": lambda folder: (folder / "MANIFEST.json").unlink(),
+    "empty manifest": lambda folder: (folder / "MANIFEST.json").write_text(""),
+    "manifest of another shape": lambda folder: (folder / "MANIFEST.json").write_text("[]"),
+    "exchanged ranks": exchange,
+    "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+def damaged_root(saved, name, damage):
+    """The name of a copy of a real run's checkpoints of steps 2 and 3, the newer one damaged, or both."""
+    copy = saved / name
+    shutil.copytree(saved / "stage-3", copy)
+    shutil.rmtree(step(copy, 0))
+    if damage == "all":
+        truncate(step(copy, 2))
+        exchange(step(copy, 3))
+    elif damage:
+        DAMAGE[damage](step(copy, 3))
+    return str(name)
 
 
 @pytest.fixture(scope="module")
@@ -30,38 +97,56 @@ def saved(tmp_path_factory):
     jobs += [("load_at", {"source": f"stage-{stage}", "name": f"{stage}-from-0", "stage": stage, "step": 0, "then": [0, 1]}) for stage in STAGES]
     jobs += [("load_at", {"source": "stage-3", "name": "3-to-persistent", "stage": 3, "threshold": 10**6, "then": [2]})]
     jobs += [("load_at", {"source": "3-to-persistent", "name": "persistent-to-3", "stage": 3, "then": [2]})]
-    start_ranks(folder, 2, [*jobs, ("retain", {}), ("fill_disk", {})])
-    return folder
+    jobs += [("train_on", {"stage": stage}) for stage in STAGES]
+    jobs += [("save_once", {"name": "bart", "step": 2, "family": "bart"})]
+    jobs += [("load_another", {"source": "stage-3", "stage": 3})]
+    disk = folder / "small-disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True).returncode == 0
+    try:
+        start_ranks(folder, 2, [*jobs, *[("no_room", {"root": str(disk)})] * mounted, ("retain", {}), ("fill_disk", {}), ("not_shared", {})])
+        yield folder
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.fixture(scope="module", params=[1, 3])
-def resized(saved, request):
-    """(folder of 2 ranks, world size, {(from, to)}): its checkpoints of step 2 loaded and saved again by another number of ranks."""
-    pairs = {1: [(1, 1), (2, 3), (3, 2)], 3: [(1, 3), (2, 2), (3, 3), (3, 1)]}[request.param]
-    jobs = [("load_at", {"source": f"stage-{a}", "name": f"{a}-to-{b}-on-{request.param}", "stage": b}) for a, b in pairs]
-    start_ranks(saved, request.param, jobs)
-    return saved, request.param, pairs
+RESIZED = {
+    1: [("stage-1", 1), ("stage-2", 3), ("stage-3", 2), ("stage-1", 3)],
+    3: [("stage-1", 3), ("stage-2", 2), ("stage-3", 3), ("stage-3", 1), ("stage-3", 2)],
+    2: [("stage-1-to-3-on-1", 3), ("stage-3-to-2-on-1", 2), ("stage-2-to-3-on-1", 1)],
+    5: [("stage-3-to-3-on-3", 3), ("stage-1-to-3-on-3", 3), ("stage-3-to-2-on-3", 2), ("stage-3-to-1-on-3", 3)],
+}
+"""World size -> (what it loads, stage), in this order: 2 ranks load what 1 rank saved, and 5 what 3 saved."""
+
+
+@pytest.fixture(scope="module")
+def resized(saved):
+    """The checkpoints of step 2 loaded and saved again by other numbers of ranks; and the damaged ones that 2 and 3 ranks chose from."""
+    for size, pairs in RESIZED.items():
+        jobs = [("load_at", {"source": source, "name": f"{source}-to-{stage}-on-{size}", "stage": stage}) for source, stage in pairs]
+        if size in (2, 3):
+            roots = [damaged_root(saved, f"for-{size}-{number}", damage) for number, damage in enumerate([None, *DAMAGE, "all"])]
+            jobs += [("choose", {"name": f"chosen-by-{size}", "roots": roots, "stage": 3})]
+        start_ranks(saved, size, jobs)
+    return saved
 
 
 def whole(folder):
     """Everything in a checkpoint by name, put together from its files alone; every element must be there once."""
-    pieces, steps = {}, set()
-    for path in sorted(folder.glob("rank-*.safetensors")):
-        with safe_open(path, "pt") as file:
-            meta = json.loads(file.metadata()["meta"])
-            steps.add(meta["optimizer_step_count"])
-            for key in file.keys():  # noqa: SIM118 - safe_open is no dict
-                name = key.rpartition("|")[0]
-                pieces.setdefault(key, []).append((meta["pieces"][name], file.get_tensor(key)))
-    tensors = load_file(folder / "buffers.safetensors") | {"steps": torch.tensor(max(steps))}
-    for key, parts in pieces.items():
-        parts.sort(key=lambda part: part[0]["start"])
-        position = 0
-        for piece, tensor in parts:
-            assert piece["start"] == position and tensor.shape == (piece["numel"],)
-            position += piece["numel"]
-        assert position == parts[0][0]["total"]
-        tensors[key] = torch.cat([tensor for _, tensor in parts]).view(parts[0][0]["shape"])
+    index = json.loads((folder / "index.json").read_text())
+    files = [load_file(path) for path in sorted(folder.glob("rank-*.safetensors"))]
+    tensors = load_file(folder / "buffers.safetensors") | {"steps": torch.tensor(index["optimizer_step_count"])}
+    for name, parameter in index["parameters"].items():
+        pieces = sorted(parameter["pieces"], key=lambda piece: piece[1])
+        assert [start for _, start, _ in pieces] == [0, *itertools.accumulate(numel for _, _, numel in pieces)][:-1]
+        assert sum(numel for _, _, numel in pieces) == parameter["total"]
+        kinds = {key.rpartition("|")[2] for file in files for key in file if key.rpartition("|")[0] == name}
+        for kind in kinds:
+            parts = [files[rank].pop(f"{name}|{kind}") for rank, _, _ in pieces]
+            assert [part.shape for part in parts] == [(numel,) for _, _, numel in pieces]
+            tensors[f"{name}|{kind}"] = torch.cat(parts).view(parameter["shape"])
+    assert not any(files)
     return tensors
 
 
@@ -69,10 +154,6 @@ def assert_same(ours, theirs):
     assert ours.keys() == theirs.keys()
     different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
     assert not different
-
-
-def step(folder, number):
-    return folder / f"step-{number:09d}"
 
 
 def outputs(folder, name, rank=0):
@@ -101,14 +182,14 @@ def test_loading_restores_every_bit_at_any_stage(saved, a, b):
         assert_same(outputs(saved, f"{a}-to-{b}", rank), outputs(saved, f"stage-{a}", rank))
 
 
-def test_loading_restores_every_bit_on_another_world_size(resized):
-    folder, size, pairs = resized
-    for a, b in pairs:
-        again = step(folder / f"{a}-to-{b}-on-{size}", 2)
+@pytest.mark.parametrize("size", RESIZED)
+def test_loading_restores_every_bit_on_another_world_size(resized, size):
+    for source, stage in RESIZED[size]:
+        again, original = step(resized / f"{source}-to-{stage}-on-{size}", 2), "stage-" + source[6]
         assert len(list(again.glob("rank-*.safetensors"))) == size
-        assert_same(whole(again), whole(step(folder / f"stage-{a}", 2)))
+        assert_same(whole(again), whole(step(resized / original, 2)))
         for rank in range(size):
-            assert_same(outputs(folder, f"{a}-to-{b}-on-{size}", rank), outputs(folder, f"stage-{a}"))
+            assert_same(outputs(resized, f"{source}-to-{stage}-on-{size}", rank), outputs(resized, original))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -133,7 +214,43 @@ def test_persistent_parameters_are_restored(saved, name):
     assert_same(outputs(saved, name), outputs(saved, "stage-3"))
 
 
+@pytest.mark.parametrize(("name", "size"), [("stage-3", 2), ("stage-2-to-3-on-1", 1), ("stage-3-to-3-on-3", 3), ("stage-3-to-3-on-3-to-3-on-5", 5)])
+def test_the_simulated_partition_is_that_of_deepspeed(resized, name, size):
+    index = json.loads((step(resized / name, 2) / "index.json").read_text())
+    shapes = {name: tuple(parameter["shape"]) for name, parameter in index["parameters"].items()}
+    assert checkpoint.Index.join(owned(shapes, size), 2).content == index
+
+
 # --- without a process group
+
+
+@hypothesis.given(
+    strategies.lists(strategies.tuples(strategies.integers(0, 5), strategies.integers(0, 2)), min_size=1, max_size=6),
+    strategies.integers(0, 8),
+    strategies.data(),
+)
+def test_an_index_finds_every_element_once(lengths, seed, data):
+    """Pieces of some lengths, some of them lost, on ranks in any order; against one element at a time."""
+    order = random.Random(seed).sample(range(len(lengths)), len(lengths))
+    starts = list(itertools.accumulate((numel for numel, _ in lengths), initial=0))
+    total = starts.pop()
+    own = [{} for _ in lengths]
+    where = {}
+    for rank, (numel, lost), first in zip(order, lengths, starts, strict=True):
+        if numel and not lost:
+            own[rank]["x"] = (first, numel, total, (total,))
+            where |= {first + i: (rank, i) for i in range(numel)}
+    index = checkpoint.Index.join(own, 1)
+    start = data.draw(strategies.integers(0, total))
+    numel = data.draw(strategies.integers(0, total - start))
+    found = [
+        (part.start + i, (part.rank, part.offset + i))
+        for part in checkpoint.Index(json.loads(json.dumps(index.content))).parts("x", start, numel)
+        for i in range(part.numel)
+    ]
+    assert found == [(i - start, where[i]) for i in range(start, start + numel) if i in where]
+    assert index.ranks([("x", start, numel), ("y", 0, 9)]) == {rank for _, (rank, _) in found}
+    assert index.holders() == {rank for rank, _ in where.values()}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -164,41 +281,7 @@ def test_fill_refuses_another_model(saved):
 @pytest.fixture
 def root(saved, tmp_path):
     """A copy of a real run's checkpoints, of steps 2 and 3."""
-    copy = tmp_path / "run" / "checkpoints"
-    shutil.copytree(saved / "stage-3", copy)
-    shutil.rmtree(step(copy, 0))
-    return copy
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
-
-
-def truncate(folder):
-    os.truncate(folder / "rank-00001.safetensors", 1000)
-
-
-def exchange(folder):
-    (folder / "rank-00000.safetensors").rename(folder / "x")
-    (folder / "rank-00001.safetensors").rename(folder / "rank-00000.safetensors")
-    (folder / "x").rename(folder / "rank-00001.safetensors")
-
-
-DAMAGE = {
-    "truncated": truncate,
-    "last byte of a moment": lambda folder: flip(folder / "rank-00001.safetensors", -1),
-    "byte of the bank": lambda folder: flip(folder / "buffers.safetensors", -100),
-    "byte of the state": lambda folder: flip(folder / "state.json", 12),
-    "removed rank": lambda folder: (folder / "rank-00000.safetensors").unlink(),
-    "removed bank": lambda folder: (folder / "buffers.safetensors").unlink(),
-    "removed manifest": lambda folder: (folder / "MANIFEST.json").unlink(),
-    "empty manifest": lambda folder: (folder / "MANIFEST.json").write_text(""),
-    "manifest of another shape": lambda folder: (folder / "MANIFEST.json").write_text("[]"),
-    "exchanged ranks": exchange,
-    "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
-}
+    return saved / damaged_root(saved, tmp_path / "run" / "checkpoints", None)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -211,6 +294,61 @@ def test_a_damaged_checkpoint_is_passed_over(root, damage):
     assert checkpoint.at_step(root, 2) == step(root, 2)
     with pytest.raises(CheckpointError, match=re.escape(str(step(root, 3)))):
         checkpoint.at_step(root, 3)
+
+
+def choices(resized, size, number):
+    """What each rank said of a root."""
+    return [json.loads((resized / f"chosen-by-{size}-{rank}.json").read_text())[f"for-{size}-{number}"] for rank in range(size)]
+
+
+@pytest.mark.parametrize(("size", "shares"), [(2, [{0}, {1}]), (3, [{0}, {0, 1}, {1}])])
+def test_each_rank_hashes_what_it_reads(resized, size, shares):
+    for choice, share in zip(choices(resized, size, 0), shares, strict=True):
+        assert choice["chosen"] == "step-000000003" and choice["messages"] == []
+        expected = {"buffers.safetensors", "index.json", "state.json"} | {f"rank-{rank:05d}.safetensors" for rank in share}
+        assert sorted(choice["read"]) == sorted(f"step-000000003/{name}" for name in expected)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_all_ranks_pass_over_what_any_of_them_finds_damaged(resized, size, damage):
+    number = 1 + list(DAMAGE).index(damage)
+    first, *others = choices(resized, size, number)
+    assert first["chosen"] == "step-000000002"
+    assert len(first["messages"]) == 1 and "step-000000003 is damaged" in first["messages"][0]
+    assert all((other["chosen"], other["messages"]) == (first["chosen"], first["messages"]) for other in others)
+    assert sorted(path.name for path in (resized / f"for-{size}-{number}").glob("*step*")) == ["damaged-step-000000003", "step-000000002"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_ranks_refuse_when_none_is_sound(resized, size):
+    for choice in choices(resized, size, 1 + len(DAMAGE)):
+        assert "no checkpoint is sound; the newest: " in choice["error"] and "step-000000003 is damaged (rank-00000.safetensors has" in choice["error"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_of_another_model_is_refused_by_all_ranks(saved, rank):
+    message = json.loads((saved / f"load_another-{rank}.json").read_text())
+    assert re.search(r"has 0 of the \d+ elements of student.model.transformer.h.2.\S+ \(fp32\)", message) and "it was written by another model" in message
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_goes_on_while_a_save_is_in_flight(saved, stage):
+    for rank in (0, 1):
+        assert json.loads((saved / f"in-flight-{stage}-{rank}.json").read_text()) == [".tmp-step-000000002", "LATEST", "step-000000001"]
+    assert_same(whole(step(saved / f"in-flight-{stage}", 2)), whole(step(saved / f"stage-{stage}", 2)))
+
+
+def test_a_rank_killed_in_a_save_leaves_the_older_ones(saved):
+    root = saved / "killed"
+    start_ranks(saved, 2, [("die_saving", {})], expected=[0, -signal.SIGKILL])
+    assert sorted(path.name for path in root.iterdir()) == [".tmp-step-000000002", "LATEST", "step-000000001"]
+    assert {"done-00000.json", "rank-00000.safetensors", "rank-00001.safetensors"} <= {path.name for path in (root / ".tmp-step-000000002").iterdir()}
+    assert checkpoint.newest(root) == (step(root, 1), [])
+    start_ranks(saved, 1, [("save_once", {"name": "killed", "step": 2})])
+    assert sorted(path.name for path in root.iterdir()) == ["LATEST", "step-000000001", "step-000000002"]
+    assert checkpoint.newest(root) == (step(root, 2), [])
+    assert_same(whole(step(root, 1)), whole(step(root, 2)))  # the rank's old `done` file was not taken for a new one
 
 
 def test_no_sound_checkpoint_is_an_error_and_none_at_all_is_a_start(root, tmp_path):
@@ -253,7 +391,14 @@ def test_the_last_ones_and_the_best_are_kept(saved):
     assert sorted(path.name for path in (saved / "retained").iterdir()) == ["LATEST", "step-000000002", "step-000000004", "step-000000005"]
     assert (saved / "retained" / "LATEST").read_text() == "step-000000005\n"
     assert checkpoint.newest(saved / "retained") == (step(saved / "retained", 5), [])
-    assert checkpoint.read_state(step(saved / "retained", 5)) == {"step": 5, "best": {"step": 2, "loss": 1.0}}
+    state = checkpoint.read_state(step(saved / "retained", 5))
+    assert state.pop("versions")["torch"] == torch.__version__
+    assert state == {"step": 5, "best": {"step": 2, "loss": 1.0}}
+
+
+def test_every_third_is_kept(saved):
+    names = sorted(path.name for path in (saved / "every-third").glob("step-*"))
+    assert names == ["step-000000003", "step-000000006", "step-000000007"]
 
 
 def test_one_rank_that_cannot_write_stops_all_and_leaves_the_older_one(saved):
@@ -262,8 +407,109 @@ def test_one_rank_that_cannot_write_stops_all_and_leaves_the_older_one(saved):
         assert "step-000000002: could not be saved (rank 1: " in left["message"] and "File too large" in left["message"]
         assert f"The last complete checkpoint is {saved / 'disk' / 'step-000000001'}; free space in {saved / 'disk'}" in left["message"]
         assert left["names"] == ["LATEST", "step-000000001"]
+        assert left["failed"] == (rank == 1)
     assert all(checkpoint.problem_with(step(saved / "disk", number)) is None for number in (1, 3))
     assert_same(whole(step(saved / "disk", 1)), whole(step(saved / "disk", 3)))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_is_not_shared_is_told_from_a_slow_one(saved, rank):
+    message = json.loads((saved / f"not_shared-{rank}.json").read_text())
+    assert "has no done-00001.json, which that rank has written; run.dir must be on a disk that all ranks share" in message
+    assert not list(saved.glob("disk-of-rank-0/*"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_without_room_is_refused_before_anything_is_written(saved, rank):
+    if not (saved / f"no_room-{rank}.json").exists():
+        assert not os.environ.get("CI"), "CI must be able to mount a tmpfs"
+        pytest.skip("mounting a tmpfs needs root")
+    message = json.loads((saved / f"no_room-{rank}.json").read_text())
+    needed, free = (int(number.replace(",", "")) for number in re.search(r"it takes ([\d,]+) bytes, but ([\d,]+) are free", message).groups())
+    original = step(saved / "stage-3", 0)
+    tensors = [tensor for path in original.glob("*.safetensors") for tensor in load_file(path).values()]
+    assert needed == sum(tensor.nbytes for tensor in tensors) and 0 < free <= 100 * 1024
+    assert "There is no earlier checkpoint; free space in" in message
+    assert not list((saved / "small-disk/checkpoints").iterdir())
+
+
+# --- weights for others
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+
+
+@hypothesis.given(
+    strategies.dictionaries(
+        strategies.text(min_size=1, max_size=5).filter(lambda name: name != "__metadata__"),
+        strategies.tuples(strategies.sampled_from(DTYPES), strategies.lists(strategies.integers(0, 4), max_size=3)),
+        max_size=6,
+    )
+)
+def test_written_tensors_are_what_safetensors_reads(tmp_path_factory, layout):
+    path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
+    tensors = {name: torch.randn(shape).mul(9).to(dtype) for name, (dtype, shape) in layout.items()}
+    size, hash = checkpoint.write_tensors(path, layout, tensors.__getitem__)
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in tensors.items())
+    assert size == path.stat().st_size and hash == digest(path)
+
+
+@pytest.fixture
+def student(tmp_path):
+    """What a run keeps of its student besides weights."""
+    folder = tmp_path / "student"
+    float_model(9).config.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_becomes_a_model_directory(saved, student, tmp_path, dtype):
+    out, folder = tmp_path / "out", step(saved / "stage-3", 2)
+    checkpoint.write_model(folder, student, out, dtype, shard_bytes=20_000)
+    model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and model.dtype == dtype
+    expected = whole(folder)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[f"student.model.{name}|fp32"].to(dtype))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    files = sorted(out.glob("*.safetensors"))
+    written = [load_file(path) for path in files]
+    assert len(written) > 2 and all(sum(value.nbytes for value in tensors.values()) <= 20_000 for tensors in written)
+    assert sorted(name for tensors in written for name in tensors) == sorted(name for name, _ in float_model(9).named_parameters())  # tied ones once
+    assert {path.name for path in out.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors.index.json"} | {path.name for path in files}
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_small_model_is_one_file_and_nothing_is_overwritten(saved, student, tmp_path):
+    out, folder = tmp_path / "out", step(saved / "stage-1", 2)
+    checkpoint.write_model(folder, student, out, torch.float32)
+    assert {path.name for path in out.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(out).lm_head.weight, whole(folder)["student.model.transformer.wte.weight|fp32"])
+    with pytest.raises(CheckpointError, match="out exists, and nothing is overwritten"):
+        checkpoint.write_model(folder, student, out, torch.float32)
+
+
+def test_buffers_become_part_of_the_model_directory(saved, tmp_path):
+    student, out, folder = tmp_path / "student", tmp_path / "out", step(saved / "bart", 2)
+    cut_copy(float_model(9, "bart"), MAPS).config.save_pretrained(student)
+    checkpoint.write_model(folder, student, out, torch.float32)
+    model, report = AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.final_logits_bias.shape == (1, 97) and "final_logits_bias" in load_file(out / "model.safetensors")
+    expected = whole(folder)
+    assert all(torch.equal(parameter, expected[f"student.model.{name}|fp32"]) for name, parameter in model.named_parameters())
+
+
+def test_another_models_directory_is_refused(saved, student, tmp_path):
+    folder = step(saved / "stage-3", 2)
+    for changes, message in (({"n_layer": 3}, "lacks 12 of"), ({"n_layer": 1}, r"has transformer\.h\.1\."), ({"n_embd": 16}, "has shape")):
+        float_model(9, **changes).config.save_pretrained(student)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.write_model(folder, student, tmp_path / "out", torch.float32)
+        assert not (tmp_path / "out").exists()
 
 
 # --- whole runs
@@ -275,17 +521,21 @@ def visible(run):
     return sorted(run.path.glob("checkpoints/step-*"))
 
 
-def test_a_full_disk_ends_a_run_with_its_own_code(make_run):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_ends_a_run_with_its_own_code(make_run, ranks):
     run = make_run(train=TRAIN, checkpoint="{every_steps: 1}", eval="{}")
-    process = run.start("train", str(run.config), "--ranks", "1")
+    process = run.start("train", str(run.config), "--ranks", str(ranks))
     run.wait_for_step(2, process)
-    (pid,) = run.rank_pids().values()
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (300_000, 300_000))  # less than a checkpoint's fragments, more than what TensorBoard has
+    limit = 300_000 if ranks == 1 else 50_000  # less than a rank's fragments, more than what TensorBoard has, which is on rank 0 alone
+    resource.prlimit(run.rank_pids()[ranks - 1], resource.RLIMIT_FSIZE, (limit, limit))
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 4, output
     assert "could not be saved" in output and f"free space in {run.path / 'checkpoints'}, then `dqtrain resume {run.path}`" in output
     assert "Traceback" not in output
     assert not list(run.path.glob("checkpoints/.*"))
+    exits = [json.loads(path.read_text()) for path in sorted(run.path.glob("exits/*"))]
+    assert [(left["code"], left["message"]) for left in exits] == [(4, exits[0]["message"])] * ranks
+    assert f"could not be saved (rank {ranks - 1}: " in exits[0]["message"]
     folder, messages = checkpoint.newest(run.path / "checkpoints")
     assert folder == visible(run)[-1] and messages == []
     assert folder.name in output

@@ -10,14 +10,15 @@ from engine_worker import (
     FACTORS,
     NUM_TARGETS,
     TRAIN,
+    float_model,
     micro_batches,
     settings_of,
     start_ranks,
     state_of,
-    student_model,
     student_module,
     teacher_module,
 )
+from families import FAMILIES
 from safetensors.torch import load_file
 
 from dqtrain import checkpoint
@@ -37,6 +38,9 @@ CASES |= {f"checkpointing-{stage}": {"stage": stage, "checkpointing": True} for 
 CASES |= {f"untied-{stage}": {"stage": stage, "tie_word_embeddings": False} for stage in (1, 2, 3)}
 CASES |= {f"{grid}-3": {"stage": 3, "grid": grid} for grid in ("lsq", "affine")}
 CASES |= {f"{family}-{stage}": {"stage": stage, "teacher": 3, "family": family} for family in ("bart", "t5") for stage in (1, 3)}
+CASES |= {f"offload-{stage}": {"stage": stage, "teacher": 3, "offload": True} for stage in (1, 2, 3)}
+CASES |= {f"spoilt-{stage}": {"stage": stage, "spoilt": True} for stage in (1, 2, 3)}
+CASES["slices-3"] = {"stage": 3, "teacher": 3, "slices": True}
 ALONE = {"alone-1": {"stage": 1}, "alone-2": {"stage": 2, "grid": "affine"}, "alone-3": {"stage": 3, "tie_word_embeddings": False, "checkpointing": True}}
 ALONE |= {f"{family}-alone-{stage}": {"stage": stage, "teacher": 3, "family": family} for family, stage in (("bart", 3), ("t5", 1))}
 STUDENT = ("activations", "precision", "checkpointing", "tie_word_embeddings", "grid", "scale", "family")
@@ -48,7 +52,11 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     jobs = [("train", {"name": name, **how}) for name, how in CASES.items() if name != "released"] + [("release", {"name": "released"})]
     jobs += [("teach", {"name": f"teacher-{precision}", "teacher": 3, "precision": precision}) for precision in ("fp32", "bf16")]
-    start_ranks(folder, 2, [*jobs, ("refusals", {}), ("initialise", {})])
+    for name, make in FAMILIES.items():
+        make().save_pretrained(folder / "models" / name, max_shard_size="20KB")  # several files
+    loads = [("load_by_slices", {"dtype": dtype, "files": "models"}) for dtype in ("float32", "bfloat16")]
+    jobs += [("teach", {"name": "teacher-bfloat16", "teacher": 3, "precision": "fp32", "dtype": "bfloat16"}), ("live", {})]
+    start_ranks(folder, 2, [*jobs, ("refusals", {}), *loads])
     start_ranks(folder, 1, [("train", {"name": name, **how}) for name, how in ALONE.items()])
     return folder
 
@@ -163,11 +171,16 @@ def test_ranks_agree_in_every_bit_and_all_state_is_fp32(found, name):
     assert report(found, name)["learning_rates"] == {key: FACTORS[-1] * value for key, value in expected.items()}
 
 
-def test_scales_of_partitioned_weights_start_where_those_of_whole_ones_do(found):
-    expected = {name: p for name, p in student_model(grid="affine").named_parameters() if is_learned_scale(name)}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_come_out_of_their_files_into_partitions(found, family, dtype):
+    model = FAMILIES[family]()
+    expected = {name: p.to(getattr(torch, dtype)) for name, p in model.named_parameters()}
+    expected |= {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     for rank in (0, 1):
-        started = load_file(found / f"initialise-{rank}.safetensors")
-        assert started.keys() == expected.keys() and all(torch.equal(started[name], p) for name, p in expected.items())
+        loaded = load_file(found / f"{family}-{dtype}-{rank}.safetensors")
+        assert loaded.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(loaded[name], expected[name])] == []
 
 
 def test_learned_scales_and_every_term_take_part():
@@ -200,6 +213,26 @@ def test_partitioned_teacher_equals_plain_torch(found, precision):
                 torch.testing.assert_close(said[f"hidden-{j}"], module(inputs).hidden, rtol=1e-6, atol=1e-6)
                 logits = module.plain_head().logits(module(inputs).hidden[inputs.is_target])
                 torch.testing.assert_close(said[f"logits-{j}"], logits, rtol=1e-6, atol=1e-6)
+
+
+def test_teacher_in_bf16_equals_plain_torch_in_bf16(found):
+    module = teacher_module().to(torch.bfloat16)
+    for rank in (0, 1):
+        said = load_file(found / f"teacher-bfloat16-{rank}.safetensors")
+        for j, (inputs, _) in enumerate(micro_batches(0)):
+            with torch.no_grad():
+                assert torch.equal(said[f"hidden-{j}"], module(inputs).hidden) and said[f"hidden-{j}"].dtype == torch.float32
+                assert torch.equal(said[f"logits-{j}"], module.plain_head().logits(module(inputs).hidden[inputs.is_target]))
+
+
+def test_no_more_of_a_teacher_is_whole_than_was_asked_for(found):
+    model = float_model(1, n_layer=8)
+    layer, words = (sum(p.numel() for p in module.parameters()) for module in (model.transformer.h[0], model.transformer.wte))
+    for rank in (0, 1):
+        live = {int(layers): elements for layers, elements in json.loads((found / f"live-{rank}.json").read_text()).items()}
+        for layers, elements in live.items():
+            assert layer * layers / 2 < elements <= max((layers + 1) * layer, words + layer)
+        assert live[7] > live[4] > live[2] > live[1]
 
 
 def test_teacher_is_released_after_forward_and_has_no_gradient(found):

@@ -7,9 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, IDS
+from families import FAMILIES, IDS, cut_copy
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, BertModel, Gemma2Config, Gemma2ForCausalLM, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from dqtrain import models
 from dqtrain.config import ActivationQuant, Data, Pairs, Quant, WeightQuant
 from dqtrain.data.stream import Batch
+from dqtrain.engine import materialise
 from dqtrain.errors import ConfigError, DataError
 from dqtrain.models import (
     DQ_BART_MAPS,
@@ -32,7 +35,9 @@ from dqtrain.models import (
     inputs_of,
     layer_map,
     load_model,
+    meta_model,
     new_model,
+    open_weights,
     read_model_config,
 )
 from dqtrain.quant.modules import quantize_model
@@ -272,7 +277,7 @@ def test_a_cut_model_is_the_named_layers(name, maps, tmp_path):
     if not teacher.config.is_encoder_decoder:
         maps = LayerMaps(maps.decoder)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    reference, student = sliced(teacher, maps), cut(teacher, maps)
+    reference, student = sliced(teacher, maps), cut_copy(teacher, maps)
     assert not student.training and type(student) is type(teacher)
     inputs = inputs_for(teacher)
     expected = real_of(LanguageModel(reference, states=True, attentions=True)(inputs), inputs)
@@ -302,7 +307,7 @@ def test_a_cut_model_is_the_named_layers(name, maps, tmp_path):
 
 def test_t5_keeps_its_relative_bias_and_writes_with_a_cache():
     teacher = CUT["t5"]()
-    student = cut(teacher, LayerMaps((2, 3), (1, 2)))  # transformers writes with no cache where a T5 has less layers in the encoder
+    student = cut_copy(teacher, LayerMaps((2, 3), (1, 2)))  # transformers writes with no cache where a T5 has less layers in the encoder
     for side in ("encoder", "decoder"):
         ours, theirs = (getattr(model, side).block[0].layer[0].SelfAttention.relative_attention_bias.weight for model in (student, teacher))
         assert torch.equal(ours, theirs)
@@ -347,7 +352,7 @@ def test_layers_that_depend_on_their_number_are_not_cut(name, key, value):
 def test_a_list_of_special_tokens_is_none_of_layers():
     model = make("llama")
     model.config.eos_token_id = [0, 1]  # as many as there are layers
-    assert all_layers(cut(model, LayerMaps((1,))).config).decoder == (0,)
+    assert all_layers(cut(model, LayerMaps((1,)))[0].config).decoder == (0,)
 
 
 # --- what is read, made and refused
@@ -444,6 +449,72 @@ def test_every_family_is_read_back(tmp_path):
         loaded, empty = load_model(tmp_path / name), empty_model(tmp_path / name)
         assert not loaded.training and loaded.state_dict().keys() == empty.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_model_without_memory_becomes_the_one_in_the_files(name, tmp_path):
+    model = make(name)
+    model.generation_config.max_length = 7
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    meta = meta_model(tmp_path)
+    assert all(p.is_meta for p in meta.parameters()) and not meta.training and type(meta) is type(model)
+    buffers, expected = dict(meta.named_buffers()), dict(model.named_buffers())
+    assert buffers.keys() == expected.keys()  # rotary frequencies and the like are not in the files
+    assert all(torch.equal(buffers[key], value) for key, value in expected.items() if key not in model.state_dict())
+    materialise(meta, open_weights(tmp_path, meta))
+    assert meta.generation_config.max_length == 7
+    assert meta.state_dict().keys() == model.state_dict().keys()
+    assert [key for key, value in model.state_dict().items() if not torch.equal(meta.state_dict()[key], value)] == []
+    assert len(list(meta.parameters())) == len(list(model.parameters()))  # tied ones are one
+    assert_near(LanguageModel(meta).logits(inputs_for(meta)), LanguageModel(model).logits(inputs_for(model)), 0)
+
+
+@given(st.data())
+def test_a_slice_is_read_alone(folder_of_tensors, data):
+    folder, tensors = folder_of_tensors
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    flat = tensors[name].reshape(-1)
+    start = data.draw(st.integers(0, flat.numel() - 1))
+    out = torch.empty(data.draw(st.integers(1, flat.numel() - start)), dtype=torch.float64)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        models._read_slice(file.get_slice(name), start, out)
+    assert torch.equal(out, flat[start : start + len(out)].double())
+
+
+@pytest.fixture(scope="module")
+def folder_of_tensors(tmp_path_factory):
+    shapes = {"vector": (7,), "one": (1,), "matrix": (5, 6), "experts": (3, 4, 5), "column": (9, 1)}
+    tensors = {name: torch.randn(shape).to(dtype) for (name, shape), dtype in zip(shapes.items(), [torch.bfloat16, torch.float32] * 3, strict=False)}
+    folder = tmp_path_factory.mktemp("tensors")
+    save_file(tensors, folder / "model.safetensors")
+    return folder, tensors
+
+
+def test_files_of_the_model_without_its_head_are_read_too(tmp_path):
+    model = make("gpt2")
+    model.save_pretrained(tmp_path)
+    save_file({key.removeprefix("transformer."): value for key, value in load_file(tmp_path / "model.safetensors").items()}, tmp_path / "model.safetensors")
+    meta = meta_model(tmp_path)
+    materialise(meta, open_weights(tmp_path, meta))
+    assert all(torch.equal(meta.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    make("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in {
+        ("num_hidden_layers", 2): r"its files lack \d+ tensors, such as model.layers.1",
+        ("intermediate_size", 40): r"gate_proj.weight has shape \(48, 32\), but config.json makes it \(40, 32\). Save the model again whole",
+    }.items():
+        (tmp_path / "config.json").write_text(json.dumps(config | dict([change])))
+        with pytest.raises(ConfigError, match=message):
+            open_weights(tmp_path, meta_model(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ConfigError, match="its safetensors files cannot be read"):
+        open_weights(tmp_path, meta_model(tmp_path))
+    with pytest.raises(ConfigError, match="x.weight: the model has this tensor, but what it starts from does not"):
+        materialise(nn.ModuleDict({"x": nn.Linear(2, 2, device="meta")}), {})
 
 
 SMALL = {

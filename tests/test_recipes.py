@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from families import FAMILIES
+from families import FAMILIES, cut_copy, whole_student
 
-from dqtrain.build import student_model
 from dqtrain.config import load_config
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import _parameter_groups
-from dqtrain.models import Inputs, LanguageModel, LayerMaps, Taught, all_layers, cut, layer_map, load_model
+from dqtrain.models import Inputs, LanguageModel, LayerMaps, Taught, all_layers, layer_map, load_model
 from dqtrain.quant.modules import quantize_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +124,7 @@ def test_student_of_every_variant_can_be_built_and_its_groups_have_the_stated_ra
         teacher = models[teacher_of(path, teachers)]
         everything, kept = all_layers(teacher.config), (config.student.decoder_layers, config.student.encoder_layers)
         maps = LayerMaps(*(layer_map(number, len(layers), "student") for number, layers in zip(kept, everything, strict=True)))
-        student = cut(teacher, maps) if maps != everything else copy.deepcopy(teacher)
+        student = cut_copy(teacher, maps) if maps != everything else copy.deepcopy(teacher)
         coverage = quantize_model(student, config.quant)
         assert {row.kind for row in coverage.rows} == {"linears", "embeddings", "positions"}
         for row in coverage.rows:
@@ -160,9 +159,9 @@ def test_every_term_of_a_recipe_is_finite_and_reaches_the_weights(path, teachers
     torch.manual_seed(0)
     config = of_task(path, ["student.encoder_layers=3", "student.decoder_layers=1"] if path.stem.startswith("dq-bart") else [], teachers)
     wanted = needed_outputs(config.distill)
-    student, _, maps = student_model(config, 97, 0)
+    student, maps = whole_student(config)
     float_config = config.model_copy(update={"quant": None, "student": type(config.student)()})
-    teacher = LanguageModel(student_model(float_config, 97, 0)[0].eval(), **wanted)
+    teacher = LanguageModel(whole_student(float_config)[0], **wanted)
     objective = Objective(LanguageModel(student, **wanted), config.distill, maps, 12)
     inputs = Inputs(IDS, LABELS != -100, *((SOURCES, REAL) if config.data.pairs and "bart" in path.stem else ()))
     with torch.no_grad():

@@ -42,6 +42,9 @@ def test_uninterrupted_run_is_whole(uninterrupted):
     assert {"scale/transformer.wte.weight", "codes/transformer.wte.weight"} <= set(shown["histograms"])
     alike = {f"{who}{what}" for who in ("", "teacher_") for what in ("word_cosine", "word_rank", "hidden_cosine", "hidden_rank")}
     assert alike <= set(shown["scalars"])
+    events = [event for event in map(json.loads, (uninterrupted.path / "events.jsonl").read_text().splitlines()) if event["event"] == "checkpoint"]
+    assert [event["step"] for event in events] == list(range(3, 31, 3))
+    assert all(0 < event["stall_s"] and 0 < event["write_s"] and event["bytes"] > 100_000 for event in events)
     # both ranks took part, and both left nothing on the error side
     assert (uninterrupted.path / "rank-0001.log").read_text().count("Traceback") == 0
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from dqtrain.data.prepare import read_index
 from dqtrain.data.shard import Shard
 from dqtrain.errors import DataError
+from dqtrain.files import write_whole
 
 IGNORED = -100
 """Label where there is nothing to predict."""
@@ -39,6 +41,13 @@ class Batch:
     """What the encoder reads: int64 [samples, source tokens]; None for a causal model."""
     source_is_real: np.ndarray | None = None
     """Where `source_ids` is no padding: bool [samples, source tokens]."""
+
+
+def write_batches(path: Path, batches: Sequence[tuple[int, Batch]]) -> None:
+    """Keep micro-batches, with their numbers in the step, as safetensors NUMBER.FIELD. Raises OSError."""
+    arrays = {f"{number}.{name}": array for number, batch in batches for name, array in vars(batch).items() if array is not None}
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, [save(arrays)])
 
 
 def permute(index: np.ndarray, length: int, key: tuple[int, int]) -> np.ndarray:

@@ -184,7 +184,7 @@ class CachedTeacher:
             head = {name: tensor.to(device) for name, tensor in self._read(folder / HEAD, 0, "head").items()}
             self._head = Head(head["weight"], head.get("bias"), float(head["softcap"]) if "softcap" in head else None)
 
-    def words(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Nothing: the embeddings are not stored."""
         return {}
 

@@ -110,7 +110,7 @@ class TokenContrast(nn.Module):
     def end_step(self) -> None:
         """Move the bank by the global mean per row. Collective; call once per optimizer step, also on a rank that has seen nothing."""
         own_rows, own_sums = self._seen or (torch.empty(0, dtype=torch.long, device=self.bank.device), self.bank.new_empty(0, self.bank.shape[1] + 1))
-        self._seen = None
+        self.forget_step()
         rows = torch.cat(gather_tensors(own_rows)).unique()
         if len(rows) == 0:
             return
@@ -121,6 +121,10 @@ class TokenContrast(nn.Module):
         mean = sums[:, :-1] / sums[:, -1:]
         self.bank[rows] = torch.where(self.touched[rows][:, None], mean.lerp(self.bank[rows], self.settings.momentum), mean)
         self.touched[rows] = True
+
+    def forget_step(self) -> None:
+        """What was seen since the last step counts no more."""
+        self._seen = None
 
 
 def _sum_per_row(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

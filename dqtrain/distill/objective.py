@@ -61,8 +61,12 @@ class TokenWeights(nn.Module):
     def end_step(self) -> None:
         """Move the mean. Collective; call once per optimizer step."""
         total, count = sum_over_ranks(torch.stack(self._seen or [self.mean.new_zeros(2)]).double().sum(0)).float()
-        self._seen.clear()
+        self.forget_step()
         self.mean.lerp_(torch.where(count > 0, total / count.clamp(min=1), self.mean), 0.1)
+
+    def forget_step(self) -> None:
+        """What was seen since the last step counts no more."""
+        self._seen.clear()
 
 
 class Objective(nn.Module):
@@ -153,11 +157,11 @@ class Objective(nn.Module):
                 ours, theirs = student.decoder.states[layer + 1], teacher.decoder.states[maps.decoder[layer] + 1]
             yield "contrast", settings.contrast.weight, self.contrast(ours, theirs, inputs.ids, inputs.is_target).sum()
 
-    def end_step(self) -> None:
-        """What moves once per optimizer step: the contrastive bank, the mean weight of tokens. Collective."""
+    def end_step(self, was_made: bool = True) -> None:
+        """What moves once per optimizer step: the contrastive bank, the mean weight of tokens; nothing where the step was not made. Collective."""
         for part in (self.contrast, self.token_weights):
             if part is not None:
-                part.end_step()
+                part.end_step() if was_made else part.forget_step()
 
 
 def _divergence(settings: LogitsSettings, beta: float | None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -13,7 +13,7 @@ models alone, so `watch_padding` keeps it where every module inside can find it:
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -461,16 +461,23 @@ def _learned_quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Acti
 
 
 def calibrate(model: nn.Module, run: Callable[[], None]) -> None:
-    """Set every learned step and zero point that is not set yet by what `run` shows them: forwards of `model` on real data, padding as in training.
+    """Set every learned step and zero point that is not set yet, of a model that is whole, to what `calibrated` finds."""
+    names = {prefix + name for prefix, module, q in _learned_quantizers(model) for name in q.learned_names if bool(getattr(module, name).isnan())}
+    for name, value in calibrated(model, run, names).items():
+        model.get_parameter(name).data.copy_(value)
+
+
+def calibrated(model: nn.Module, run: Callable[[], None], names: Collection[str]) -> dict[str, Tensor]:
+    """Where the learned steps and zero points of these names start, each [1], by what `run` shows them: forwards of `model` on real data, padding as in training.
 
     Runs once, in eval mode and without gradients; places with learned scales stay float meanwhile. A step starts where the squared error is least,
     between LSQ's own start and max|x| / qmax (at 8 bits LSQ's clips far too much), in the mean over the forwards; with a zero point both
-    follow the least and largest value seen, with 0 between them. Call it before the model is partitioned; on several ranks give each the same data.
+    follow the least and largest value seen, with 0 between them. On several ranks give each the same data.
     Raises ConfigError for a quantizer that no forward ran.
     """
-    unset = [(prefix, module, q) for prefix, module, q in _learned_quantizers(model) if any(bool(getattr(module, n).isnan()) for n in q.learned_names)]
+    unset = [(prefix, module, q) for prefix, module, q in _learned_quantizers(model) if any(prefix + name in names for name in q.learned_names)]
     if not unset:
-        return
+        return {}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     _Calibration.running = calibration = _Calibration()
@@ -481,19 +488,20 @@ def calibrate(model: nn.Module, run: Callable[[], None]) -> None:
         _Calibration.running = None
         for module, mode in modes.items():
             module.training = mode
-    idle = []
+    idle, starts = [], {}
     for prefix, module, quantizer in unset:
         found = calibration.result(quantizer, module)
         if found is None:
             idle += [prefix + name for name in quantizer.learned_names]
             continue
         for name, value in zip(quantizer.learned_names, found, strict=True):
-            getattr(module, name).data.copy_(torch.as_tensor(value).view(1))
+            starts[prefix + name] = torch.as_tensor(value).view(1)
     if idle:
         raise ConfigError(
             f"{len(idle)} learned activation scales saw nothing real while calibrating: {_first(idle)}. "
             "Run the whole model on texts that are not all padding, or set the activations of these layers to scale: per_token."
         )
+    return starts
 
 
 def check_calibrated(model: nn.Module) -> None:

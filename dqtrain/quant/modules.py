@@ -11,8 +11,7 @@ A weight that is read without calling its module escapes: `check_all_ran` says s
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -297,7 +296,7 @@ def quantize_model(model: nn.Module, config: Quant, initialise: bool = True) -> 
     the module is called as in `POSITION_TABLES`; `config.overrides` come after. A weight tied between an embedding and a head
     follows the embedding; the head's input is quantized like any linear's. Where a weight stays float, so does the input, and
     routers do unless an override names them. With `initialise` the learned scales minimise the squared error of the present weights,
-    otherwise they are 1, to be overwritten. Learned activation steps start with `activation.calibrate`.
+    otherwise they are 1, to be overwritten (a model on the meta device can only be quantized so). Learned activation steps start with `activation.calibrate`.
 
     Raises ConfigError when a glob matches nothing, a group size does not divide, a weight is not finite, or a weight is shared
     with a module that would read it unquantized.
@@ -453,16 +452,21 @@ def quantized_parameters(model: nn.Module) -> Iterator[QuantizedParameter]:
 
 
 @torch.no_grad()
-def initialise_scales(model: nn.Module, gather: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()) -> None:
-    """Set every learned weight scale to where the squared error is least, one weight at a time.
-
-    `gather(parameters)` is a context in which these parameters are whole and what is written to them lasts: `engine.gather` for a
-    model that is partitioned already, so that one weight is whole at a time. Raises ConfigError for a weight that is not finite.
-    """
+def initialise_scales(model: nn.Module) -> None:
+    """Set every learned weight scale to where the squared error is least. Raises ConfigError for a weight that is not finite."""
     for parameter in quantized_parameters(model):
-        with gather((parameter.weight, *parameter.learned)):
-            for target, found in zip(parameter.learned, initial_learned(parameter.weight.detach(), parameter.quantizer, parameter.name), strict=True):
-                target.data.copy_(found)
+        for target, found in zip(parameter.learned, initial_learned(parameter.weight.detach(), parameter.quantizer, parameter.name), strict=True):
+            target.data.copy_(found)
+
+
+@torch.no_grad()
+def initial_scales(parameters: Iterable[QuantizedParameter], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Where the learned scales of weights start, by name: as `initialise_scales`, of weights that are read by name, one at a time."""
+    scales: dict[str, Tensor] = {}
+    for parameter in parameters:
+        found = initial_learned(read(parameter.name), parameter.quantizer, parameter.name)
+        scales |= {f"{parameter.name}_{learned}": value for learned, value in zip(parameter.quantizer.learned, found, strict=True)}
+    return scales
 
 
 @torch.no_grad()

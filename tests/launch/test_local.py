@@ -138,6 +138,44 @@ def test_all_saved(path: Path) -> None:
     assert _finish(_launch(path, "sys.exit(75)")) == (75, "")
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_hang_is_what_the_living_ranks_say_of_it(path: Path, frozen: int) -> None:
+    RunDir(path).record_exit(frozen, 75, "an earlier start's", 1)
+    body = f"""
+if rank == {frozen}:
+    ready()
+    os.kill(os.getpid(), signal.SIGSTOP)
+while not Path("ready-{frozen}").exists():
+    time.sleep(0.02)
+if rank == 0:
+    print("told by rank 0", file=sys.stderr)
+run.record_exit(rank, 75, "no progress", 3)
+sys.exit(75)
+"""
+    code, error = _finish(_launch(path, body, ranks=3))
+    assert code == 75  # not 137, which is how the frozen one ended
+    assert error in {0: ("rank 1: no progress\n", "rank 2: no progress\n"), 1: ("told by rank 0\n",)}[frozen]
+
+
+@pytest.mark.parametrize("message", ["the same of both", "rank 1's own"])
+def test_what_rank_0_has_printed_is_not_printed_again(path: Path, message: str) -> None:
+    body = f"""
+if rank == 0:
+    while not run.rank_exit(1).exists():
+        time.sleep(0.02)
+run.record_exit(rank, 5, "the same of both" if rank == 0 else {message!r}, 3)
+sys.exit(5)
+"""
+    assert _finish(_launch(path, body)) == (5, "" if message == "the same of both" else f"rank 1: {message}\n")
+
+
+def test_a_crash_is_explained_although_an_earlier_start_left_a_cause(path: Path) -> None:
+    RunDir(path).record_exit(1, 2, "old", 1)
+    code, error = _finish(_launch(path, "sys.exit(9 if rank == 1 else 0)"))
+    assert code == 9
+    assert error == f"rank 1: ended with exit code 9 and left no cause; its output is in {RunDir(path).rank_log(1)}.\n"
+
+
 def test_rank_0_prints_its_own_error(path: Path) -> None:
     code, error = _finish(_launch(path, "sys.exit('my own words' if rank == 0 else 0)"))
     assert (code, error) == (1, "my own words\n")

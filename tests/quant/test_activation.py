@@ -520,6 +520,7 @@ def test_calibration_sees_real_positions_alone_and_names_what_never_ran():
     assert idle.training
     with pytest.raises(ValueError, match="mine"):
         calibrate(idle, _fail)
+    calibrate(idle["used"], lambda: idle["used"](torch.ones(2, 3)))
     assert idle["used"](torch.ones(2, 3)).isfinite().all()  # no longer calibrating
 
 

@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import json
 import pickle
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dqtrain.config import BITS_OF_GRID, ActivationQuant, Override, Quant, WeightQuant
 from dqtrain.errors import ConfigError
+from dqtrain.models import meta_model
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.grid import GRIDS, WeightQuantizer
 from dqtrain.quant.modules import (
@@ -25,7 +25,7 @@ from dqtrain.quant.modules import (
     QuantizedInput,
     QuantizedParameters,
     check_all_ran,
-    initialise_scales,
+    initial_scales,
     is_learned_scale,
     quantize_activations,
     quantize_model,
@@ -401,23 +401,16 @@ def test_learned_scales_to_be_overwritten_are_not_searched():
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-def test_scales_are_initialised_with_one_weight_gathered_at_a_time():
-    model, again = FAMILIES["gpt2"](), FAMILIES["gpt2"]()
+def test_scales_of_a_model_without_memory_start_where_those_of_a_whole_one_do():
+    model = FAMILIES["gpt2"]()
+    again, weights = meta_model(model.config), {name: p.detach().clone() for name, p in model.named_parameters()}
     quantize_model(model, settings(grid="affine"))
     quantize_model(again, settings(grid="affine"), initialise=False)
-    gathered, live = [], []
-
-    @contextlib.contextmanager
-    def gather(parameters):
-        live.append(1)
-        assert len(live) == 1
-        gathered.extend(parameters)
-        yield
-        live.pop()
-
-    initialise_scales(again, gather)
-    assert len(gathered) == 3 * len(list(quantized_parameters(model)))
-    assert all(torch.equal(again.get_parameter(name), p) for name, p in model.named_parameters())
+    read = []
+    scales = initial_scales(quantized_parameters(again), lambda name: read.append(name) or weights[name])
+    assert read == [parameter.name for parameter in quantized_parameters(model)]
+    assert scales.keys() == {name for name, _ in model.named_parameters()} - weights.keys()
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in scales.items())
 
 
 def test_weight_that_is_not_finite_is_refused():
