@@ -72,7 +72,7 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     if config.teacher is not None:
         check_same_tokenizer(tokenizer, model_directory(config.teacher.path))
     if config.train.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
     learned_later = {name: torch.full((1,), math.nan) for name, _ in student.named_parameters() if is_learned_scale(name) and name not in weights}
     materialise(student, weights | readers_of(learned_later), partitioned=config.zero.student == 3)
     language_model = LanguageModel(student, config.train.precision, **needed_outputs(config.distill))

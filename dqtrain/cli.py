@@ -119,6 +119,15 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument("--json", action="store_true", help="print the same figures as one JSON object, in bytes and seconds")
     export = command("export", "write and verify the artifact of a finished run again", "dqtrain export runs/mine")
     export.add_argument("run", type=Path, help="run directory")
+    weights = command(
+        "weights",
+        "take the whole latent weights out of a checkpoint, as a Hugging Face directory; needs no GPU, and memory for one tensor",
+        "dqtrain weights runs/mine weights-at-500 --step 500 --dtype bf16",
+    )
+    weights.add_argument("run", type=Path, help="run directory, finished or not")
+    weights.add_argument("out", type=Path, help="directory to make")
+    weights.add_argument("--step", type=int, help="step of the checkpoint (default: the newest sound one)")
+    weights.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="what they are stored in (default fp32)")
     bench = command("bench", "measure on this machine, side by side", "dqtrain bench quantizers")
     bench.add_argument(
         "what",
@@ -245,6 +254,8 @@ def _main(argv: Sequence[str] | None) -> int:
         return 0
     if args.command == "plan":
         return _plan(load_config(args.config, args.overrides), args.nodes, args.gpus, args.gpu, args.json)
+    if args.command == "weights":
+        return _weights(RunDir(args.run), args.out, args.step, args.dtype)
     if args.command == "export":
         from dqtrain.artifact.export import export
         from dqtrain.artifact.load import chosen_checkpoint
@@ -254,6 +265,26 @@ def _main(argv: Sequence[str] | None) -> int:
         print(json.dumps(result, indent=1))
         return 0
     return _generate(args.model, args.prompt, args.tokens)
+
+
+def _weights(run: RunDir, out: Path, step: int | None, dtype: str) -> int:
+    """Write a checkpoint's weights as a Hugging Face directory."""
+    import torch
+
+    from dqtrain import checkpoint
+
+    run.load_config()
+    known = sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*"))
+    if step is not None and step not in known:
+        raise ConfigError(f"{run.checkpoints}: there is no checkpoint of step {step}, but of {', '.join(map(str, known)) or 'none yet'}. Give one of them.")
+    folder, messages = (checkpoint.at_step(run.checkpoints, step), []) if step is not None else checkpoint.newest(run.checkpoints)
+    if folder is None:
+        raise CheckpointError(f"{run.checkpoints}: no checkpoint there yet. `dqtrain resume {run.path}` goes on with the run.")
+    for message in messages:
+        print(message, file=sys.stderr)
+    checkpoint.write_model(folder, run.student, out, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    print(f"{out}: the weights of {folder.name} in {dtype}")
+    return 0
 
 
 def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sample: int | None, like: Path | None) -> int:

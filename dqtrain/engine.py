@@ -114,8 +114,8 @@ def _read_partition(parameter: Any, read: Reader, partition: Any) -> None:
 LIVE_ELEMENTS = 10**9
 """Elements of a student that stay gathered between forward and backward: a small one keeps all of its own, and saves the second gather."""
 
-BUCKET_ELEMENTS = 5 * 10**7
-"""Gradients that are reduced at a time: a buffer of its own, which by default takes 2 GB of every GPU (5e8 in fp32)."""
+PIECE_ELEMENTS = 5 * 10**7
+"""Elements that are prefetched, reduced or updated (at stage 3) at a time: each takes a buffer, or AdamW's temporaries, of so many fp32 numbers."""
 
 
 def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int = LIVE_ELEMENTS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -132,12 +132,13 @@ def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int =
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "reduce_bucket_size": PIECE_ELEMENTS,
+            "sub_group_size": PIECE_ELEMENTS,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             # The prefetch is no ceiling, this is: without it nearly all of a model was seen live at once (measured).
             "stage3_max_live_parameters": live_elements,
             "stage3_max_reuse_distance": live_elements,
-            "stage3_prefetch_bucket_size": min(live_elements // 2, 5 * 10**7),
+            "stage3_prefetch_bucket_size": min(live_elements // 2, PIECE_ELEMENTS),
             **{key: {"device": device} for key, device in offload.items() if device != "none"},
         },
     }
@@ -271,6 +272,12 @@ class StudentEngine:
             raise ConfigError(
                 f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which checkpoints are read through; install the version in constraints.txt."
             )
+
+        if self.stage == 3:
+            # DeepSpeed updates one copy of the partitions and gathers from another. In fp32 they are equal, bit for bit: one is enough.
+            for gathered, updated in zip(self._optimizer.fp16_partitioned_groups_flat, self._optimizer.fp32_partitioned_groups_flat, strict=True):
+                if (gathered.dtype, gathered.device) == (updated.dtype, updated.device):
+                    updated.data = gathered.data
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the module. Collective under ZeRO-3."""

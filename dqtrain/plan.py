@@ -3,7 +3,7 @@
 Two models and two ZeRO engines (`engine.py`), P the student's parameters, n the ranks. Bytes of a rank between two steps, all weights of the student in fp32:
 
     student at stage 1, 2   weights 4 P, master copy 4 P / n, moments 8 P / n
-    student at stage 3      weights 4 P / n, master copy 4 P / n, moments 8 P / n, gradients 4 P / n, and DeepSpeed's bucket for reductions
+    student at stage 3      weights 4 P / n, moments 8 P / n, gradients 4 P / n, and DeepSpeed's bucket for reductions
     teacher                 its dtype's 2 or 4 bytes per parameter, / n at stage 3
 
 and on top of them in a step, of which the largest moment counts: what forward keeps for backward (by layer: inputs of norms and products, queries,
@@ -69,11 +69,8 @@ DISK_BYTES_PER_S = 1e9
 CHUNK_BYTES = 128 * 2**20
 """distill/chunked.py's."""
 
-LIVE_ELEMENTS, PREFETCH_ELEMENTS = 10**9, 5 * 10**7
-"""engine.py's stage3_max_live_parameters and prefetch of the student."""
-
-BUCKET_ELEMENTS = 5 * 10**7
-"""DeepSpeed's reduce_bucket_size: a buffer of so many fp32 elements on a GPU, whatever the model."""
+LIVE_ELEMENTS, PIECE_ELEMENTS = 10**9, 5 * 10**7
+"""engine.py's: what the student keeps gathered, and what is prefetched, reduced (a buffer of so many fp32 elements on a GPU, whatever the model) or, at stage 3, updated at a time."""
 
 QUANTIZER_BYTES = 150
 """Memory traffic of one quantized weight in a micro-batch, its value made twice and its gradient: read and written by torch's operations, counted on a layer
@@ -552,7 +549,7 @@ def _lengths(config: RunConfig, model: Model) -> tuple[int, int]:
 
 def _live(config: RunConfig, student: Model) -> int:
     """Elements of the student that stay gathered at stage 3."""
-    return LIVE_ELEMENTS + PREFETCH_ELEMENTS if config.zero.live_layers is None else config.zero.live_layers * student.largest_layer
+    return LIVE_ELEMENTS + PIECE_ELEMENTS if config.zero.live_layers is None else config.zero.live_layers * student.largest_layer
 
 
 def memory_of(config: RunConfig, world_size: int, device: str = "gpu", models: Models | None = None) -> Memory:
@@ -564,14 +561,14 @@ def memory_of(config: RunConfig, world_size: int, device: str = "gpu", models: M
     parameters = student.elements + models.scales
     whole, part, words = 4.0 * parameters, 4.0 * parameters / world_size, 4.0 * student.words
     largest = 4.0 * student.largest_tensor
-    in_bucket = 4.0 * min(BUCKET_ELEMENTS, parameters)
-    bucket = in_bucket if on_cpu else 4.0 * BUCKET_ELEMENTS
+    in_bucket = 4.0 * min(PIECE_ELEMENTS, parameters)
+    bucket = in_bucket if on_cpu else 4.0 * PIECE_ELEMENTS
     offloads_optimizer = config.zero.offload_optimizer == "cpu" and not on_cpu
     offloads_weights = config.zero.offload_parameters == "cpu" and not on_cpu and stage == 3
 
     # Between two steps.
     start = {"weights": 0.0 if offloads_weights else part if stage == 3 else whole}
-    start |= {} if offloads_optimizer else {"master weights": part} | ({"gradients": part} if stage == 3 else {})
+    start |= {} if offloads_optimizer else {"gradients": part} if stage == 3 else {"master weights": part}
     bytes_of_teacher, teacher_layers, teacher_words = 0.0, 0.0, 0.0
     if teacher is not None and config.teacher is not None:
         size = 2 if config.teacher.dtype == "bf16" else 4
@@ -614,7 +611,8 @@ def memory_of(config: RunConfig, world_size: int, device: str = "gpu", models: M
 
     # Update: stage 1 reduces here; AdamW's temporaries, two where it goes tensor by tensor (CPU), else one.
     flat = {1: 2 * part, 2: 2 * part, 3: part}[stage] + largest
-    update = rest | {"arriving gradients": flat, "AdamW": 0.0 if offloads_optimizer else copies * part}
+    updated = min(part, max(4.0 * PIECE_ELEMENTS, largest / world_size)) if stage == 3 else part  # groups of whole parameters' partitions
+    update = rest | {"arriving gradients": flat, "AdamW": 0.0 if offloads_optimizer else copies * updated}
     if stage == 1:
         update = max(update, in_step | {"arriving gradients": whole + copies * part + largest}, key=_total)
 

@@ -286,13 +286,3 @@ def test_directory_that_is_no_run(make_run, capfd, tmp_path):
     assert code == 2 and "thesis.tex" in message
     code, message = refused(capfd, "resume", tmp_path / "nowhere")
     assert code == 2 and "is not a run directory" in message
-
-
-def test_not_finite_loss_ends_with_its_code_and_keeps_the_checkpoint(make_run):
-    run = make_run(train="{steps: 40, global_batch: 8, micro_batch: 4, lr: 1.0e+18, grad_clip: 0.0}", checkpoint="{every_steps: 1}", eval="{}")
-    code, message = run.train(ranks=1)
-    assert code == 5 and "gradient norm is" in message and "train.lr" in message and "continues" not in message
-    failed_at = json.loads((run.path / "exits/rank-0000.json").read_text())["step"]
-    folder, passed_over = checkpoint.newest(run.path / "checkpoints")
-    assert failed_at == 1 and folder is None or folder.name == f"step-{failed_at - 1:09d}"
-    assert not passed_over
