@@ -45,6 +45,7 @@ from dqtrain.models import (
     open_weights,
     read_model_config,
     readers_of,
+    weight_files,
 )
 from dqtrain.quant.activation import calibrated
 from dqtrain.quant.modules import Coverage, initial_scales, is_learned_scale, quantize_model, quantized_parameters
@@ -74,7 +75,9 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     if config.train.activation_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     learned_later = {name: torch.full((1,), math.nan) for name, _ in student.named_parameters() if is_learned_scale(name) and name not in weights}
-    materialise(student, weights | readers_of(learned_later), partitioned=config.zero.student == 3)
+    offloaded = "cpu" if config.zero.offload_parameters == "cpu" else None
+    materialise(student, weights | readers_of(learned_later), partitioned=config.zero.student == 3, device=offloaded)
+    del weights  # they may hold a whole model in memory
     language_model = LanguageModel(student, config.train.precision, **needed_outputs(config.distill))
     teacher: TeacherEngine | CachedTeacher | None = None
     beta, weight = None, 1.0
@@ -122,7 +125,7 @@ def writing_of(config: RunConfig, tokenizer: Any, world: World, synced: bool) ->
 
 def _check_same_teacher(folder: Path, run: RunDir, world: World) -> None:
     """Keep the hashes of the teacher's files in the run's teacher.json, and raise ConfigError when a run that goes on has another teacher. Collective."""
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    files = weight_files(folder)
     mine = {path.name: digest(path) for path in files[world.rank :: world.world_size]}
     found = {name: value for part in gather_objects(mine) for name, value in part.items()}
     record = run.path / "teacher.json"
@@ -296,7 +299,7 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: 
         model, weights = meta_model(new.config), readers_of(new.state_dict())
     elif source is not None and RunDir(source).config.is_file():
         model = meta_model(RunDir(source).student)
-        weights = checkpoint.readers(chosen_checkpoint(RunDir(source)))
+        weights = checkpoint.readers(chosen_checkpoint(RunDir(source)), model)
         learned = weights.keys() - model.state_dict().keys()
     else:
         assert source is not None or config.teacher is not None, "config.py asks for one of them"

@@ -38,7 +38,7 @@ from dqtrain.config import PASSIVE, RunConfig, differences, validate
 from dqtrain.engine import Fragment, StudentEngine
 from dqtrain.errors import CheckpointError
 from dqtrain.files import digest, sync_path, write_text
-from dqtrain.models import Reader, meta_model, readers_of
+from dqtrain.models import Reader, by_names, meta_model, readers_of
 from dqtrain.quant.modules import is_learned_scale
 from dqtrain.world import World, broadcast_object, first_problem, gather_objects
 
@@ -234,7 +234,7 @@ class Saver:
         num_bytes = sum(gather_objects(sum(value.nbytes for value in (*own.values(), *buffers.values()))))
         self._raise_if(broadcast_object(self._prepare(num_bytes) if self.world.rank == 0 else None))
         files = {_rank_file(self.world.rank): self._copy(own)} | ({"buffers.safetensors": self._copy(buffers)} if self.world.rank == 0 else {})
-        if any(value.is_cuda for value in own.values()):
+        if any(value.is_cuda for value in (*own.values(), *buffers.values())):
             torch.cuda.synchronize()
         about = {"pieces": {f.name: (f.start, f.numel, f.total, f.shape) for f in fragments}, "optimizer_step_count": engine.optimizer_step_count()}
         snapshot = _Snapshot(step, files, about, state, time.monotonic() - started)
@@ -254,6 +254,11 @@ class Saver:
         problem = broadcast_object(problem or self._error)
         self._thread = self._error = None
         self._raise_if(problem)
+
+    def close(self) -> None:
+        """`wait`, and give back the memory of the copies. Collective."""
+        self.wait()
+        self._host.clear()
 
     def _partial(self) -> Path:
         return self.root / f".tmp-{_name(self._step)}"
@@ -527,11 +532,16 @@ def _buffers_of_model(folder: Path, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
 
 
-def readers(folder: Path, prefix: str = _PREFIX) -> dict[str, Reader]:
-    """Readers of every trained parameter and buffer of the model, by name: for `engine.materialise`."""
+def readers(folder: Path, model: nn.Module, prefix: str = _PREFIX) -> dict[str, Reader]:
+    """Readers of every trained parameter and buffer, by each name that `model` has for it: for `engine.materialise`. Learned scales by theirs."""
     pieces = _Pieces(folder)
-    parameters = {name.removeprefix(prefix): functools.partial(pieces.fill, name, "fp32") for name in pieces.index.parameters}
-    return parameters | readers_of(_buffers_of_model(folder, prefix))
+    found: dict[str, Reader] = {name.removeprefix(prefix): functools.partial(pieces.fill, name, "fp32") for name in pieces.index.parameters}
+    found |= readers_of(_buffers_of_model(folder, prefix))
+    for names, _ in by_names(model):
+        known = next((name for name in names if name in found), None)
+        if known is not None:
+            found |= dict.fromkeys(names, found[known])
+    return found
 
 
 def fill(model: nn.Module, folder: Path, prefix: str = _PREFIX) -> dict[str, Tensor]:

@@ -176,6 +176,13 @@ class Zero(Block):
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where partitioned weights of the student wait to be gathered; stage 3 alone."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "Zero":
+        for key, value in {"offload_parameters": self.offload_parameters != "none", "live_layers": self.live_layers is not None}.items():
+            if value and self.student != 3:
+                raise ValueError(f"zero.{key} is for partitioned weights, but zero.student is {self.student}; set it to 3, or leave out {key}")
+        return self
+
 
 Bits = Literal[1, 2, 3, 4, 8, "ternary"]
 

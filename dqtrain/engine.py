@@ -67,13 +67,15 @@ def gather(parameters: Sequence[nn.Parameter], read_only: bool = False) -> Abstr
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, weights: Mapping[str, Reader], dtype: torch.dtype = torch.float32, partitioned: bool = False) -> None:
+def materialise(
+    model: nn.Module, weights: Mapping[str, Reader], dtype: torch.dtype = torch.float32, partitioned: bool = False, device: str | None = None
+) -> None:
     """Give parameters on the meta device memory, in `dtype`, and values, one at a time, and persistent buffers theirs; tied ones stay tied.
 
-    Partitioned, they are so as under ZeRO-3, and each rank reads and holds its own slice alone: never more than its partitions and one slice. To be called
+    Partitioned, they are so as under ZeRO-3, on the GPU unless `device` is "cpu", and each rank reads and holds its own slice alone: never more than its partitions and one slice. To be called
     before an engine is made. Raises ConfigError for a tensor that `weights` lacks. Collective when partitioned.
     """
-    partition = deepspeed.zero.Init(dtype=dtype) if partitioned else None
+    partition = deepspeed.zero.Init(dtype=dtype, remote_device=device) if partitioned else None
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for key, parameter in list(module._parameters.items()):
@@ -164,11 +166,11 @@ class TeacherEngine:
     """A frozen model without optimizer; whole, or under ZeRO-3 gathered `live_layers` at a time."""
 
     def __init__(self, module: LanguageModel, train: Train, zero: Zero, world: World, live_layers: int = 2) -> None:
-        module.requires_grad_(False).eval()
+        module.requires_grad_(False).eval().to(world.device)  # buffers too: DeepSpeed moves nothing of a model that is partitioned already
         self.module, self.device = module, world.device
         self.live_elements = 0  # most elements of layers that were whole at a time, in the forwards that are watched
         if zero.teacher == 0:
-            self._forward: Any = module.to(world.device)
+            self._forward: Any = module
             return
         dtype = next(module.parameters()).dtype
         alone = zero.model_copy(update={"offload_optimizer": "none", "offload_parameters": "none"})
@@ -221,7 +223,7 @@ def _words(model: Any) -> dict[str, float]:
     """Mean cosine and effective rank of a model's word embeddings, quantized ones if they are; known to rank 0, the others have none. Collective."""
     weight = model.get_input_embeddings()._parameters["weight"]
     quantized = next((parameter for parameter in quantized_parameters(model) if parameter.weight is weight), None)
-    with gather((weight, *(quantized.learned if quantized else ()))):
+    with gather((weight, *(quantized.learned if quantized else ())), read_only=True):
         if torch.distributed.get_rank() != 0:
             return {}
         table = quantized.quantizer.value(weight, quantized.scales()) if quantized else weight
@@ -323,7 +325,7 @@ class StudentEngine:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         for index, parameter in enumerate(quantized_parameters(self.module.student.model)):
             name, quantizer = parameter.name, parameter.quantizer
-            with gather((parameter.weight, *parameter.learned)):
+            with gather((parameter.weight, *parameter.learned), read_only=True):
                 if index % world_size != rank:
                     continue
                 before = unpack(self._codes[name], parameter.weight.shape, quantizer.levels) if name in self._codes else None

@@ -312,6 +312,11 @@ def _read_memory(flat: Tensor, start: int, out: Tensor) -> None:
     out.copy_(flat[start : start + out.numel()])
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a directory that decide what its model computes."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") or path.name == "config.json")
+
+
 def open_weights(folder: Path, model: PreTrainedModel) -> dict[str, Reader]:
     """Readers of a directory's safetensors by each name of a model's parameters and persistent buffers; no tensor is read yet, and slices are read alone.
 
@@ -322,7 +327,7 @@ def open_weights(folder: Path, model: PreTrainedModel) -> dict[str, Reader]:
     stored = _stored(folder)
     prefix = f"{model.base_model_prefix}."
     found: dict[str, Reader] = {}
-    for names, tensor in _by_names(model):
+    for names, tensor in by_names(model):
         spelt = [spelling for name in names for spelling in (name, name.removeprefix(prefix), prefix + name)]
         key = next((spelling for spelling in spelt if spelling in stored), None)
         if key is None:
@@ -340,17 +345,17 @@ def _stored(folder: Path) -> dict[str, Any]:
     """Tensor -> the open safetensors file that holds it; empty where there is no such file."""
     index = folder / "model.safetensors.index.json"
     try:
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if (folder / "model.safetensors").is_file():
+            files = ["model.safetensors"]
         else:
-            files = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
-        opened = [safe_open(folder / file, "pt") for file in files]
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+        opened = [safe_open(folder / Path(file).name, "pt") for file in files]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{folder}: its safetensors files cannot be read ({error}). Save the model again with save_pretrained.") from None
     return {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
 
 
-def _by_names(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+def by_names(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
     """Each parameter and persistent buffer with all its names."""
     names: dict[Tensor, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

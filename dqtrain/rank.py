@@ -41,7 +41,9 @@ def run_rank(config: RunConfig, job: Literal["train", "cache-teacher"] = "train"
             cache_teacher(config, run, world)
         else:
             rank.trainer = trainer = build(config, run, world)
-            watchdog = Watchdog(config.run.watchdog_s, run.exits / f"stacks-rank-{world.rank:05d}.txt", rank.hung)
+            stacks = run.exits / f"stacks-rank-{world.rank:05d}.txt"
+            stacks.unlink(missing_ok=True)  # of an earlier start
+            watchdog = Watchdog(config.run.watchdog_s, stacks, rank.hung)
             # Every forward is a sign of life: of training, of evaluation, and of each word that is generated.
             for module in (trainer.student.model, trainer.student.model.model):
                 module.register_forward_hook(watchdog.beat)
@@ -75,6 +77,14 @@ class _Rank:
     def leave(self, code: int, message: str, linger_s: float = 0.0) -> NoReturn:
         """End the process, with its cause on record; a second thread that comes here waits for the end that the first one made."""
         self._leaving.acquire()
+        try:
+            self._say(code, message, linger_s)
+        finally:
+            # A rank that ends well has passed a barrier behind its last collective. For the others the closed socket is the
+            # fastest signal to their peers, and the destructors of a broken process group could hang or abort.
+            os._exit(code)
+
+    def _say(self, code: int, message: str, linger_s: float) -> None:
         rank, run = self.world.rank, self.run
         if rank == 0 and code > 1:
             print(f"\ndqtrain: {message}", file=sys.stderr, flush=True)
@@ -93,9 +103,6 @@ class _Rank:
                 self.trainer.metrics.close()
         sys.stdout.flush()
         sys.stderr.flush()
-        # A rank that ends well has passed a barrier behind its last collective. For the others the closed socket is the
-        # fastest signal to their peers, and the destructors of a broken process group could hang or abort.
-        os._exit(code)
 
     def hung(self) -> NoReturn:
         """End a rank that waits in vain, when the others that do have had time to write their stacks: closed sockets, or srun, would end them without."""

@@ -182,7 +182,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Test once, export, verify, and only then mark the run finished with result.json. Collective."""
-        self.saver.wait()
+        self.saver.close()
         stop_at_once()  # all is saved
         step = self.best["step"] if self.config.export.checkpoint == "best" and self.best else self.config.train.steps
         folder = on_rank_0(self.world, lambda: checkpoint.at_step(self.run.checkpoints, step))

@@ -3,6 +3,7 @@
 A frozen peer keeps its sockets open: the others wait for it in a collective, and no error ever comes.
 """
 
+import os
 import sys
 import threading
 import traceback
@@ -10,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dqtrain.errors import Stopped
 from dqtrain.files import write_text
 
 TICK_S = 1.0
 """Seconds between two looks, at most."""
+LAST_S = 300.0
+"""Seconds that a rank which hangs has to say so."""
 
 
 class Watchdog:
@@ -43,6 +47,10 @@ class Watchdog:
             idle_s = 0.0 if self._beats != seen or seen < 2 else idle_s + tick_s
             seen = self._beats
             if idle_s >= self._limit_s:
+                # Should it be the disk that hangs, what follows hangs too.
+                last = threading.Timer(LAST_S, os._exit, (Stopped.exit_code,))
+                last.daemon = True
+                last.start()
                 try:
                     self._stacks.parent.mkdir(exist_ok=True)
                     write_text(self._stacks, _all_stacks())

@@ -270,6 +270,17 @@ def test_fill_gives_a_plain_model_the_same_weights(saved, stage):
         assert torch.equal(parameter, expected[f"student.model.{name}|fp32"])
 
 
+def test_weights_are_read_by_every_name_that_a_model_has_for_them(saved):
+    folder, model = step(saved / "stage-3", 2), float_model(9)
+    readers, expected = checkpoint.readers(folder, model), whole(folder)
+    assert readers.keys() == model.state_dict().keys() | {name for name, _ in student_model().named_parameters()}
+    for name, found in readers.items():
+        value = expected["student.model." + name.replace("lm_head", "transformer.wte") + "|fp32"].reshape(-1)
+        out = torch.empty(max(1, value.numel() // 3))
+        found(value.numel() - out.numel(), out)
+        assert torch.equal(out, value[value.numel() - out.numel() :])
+
+
 def test_fill_refuses_another_model(saved):
     folder = step(saved / "stage-3", 2)
     with pytest.raises(CheckpointError, match=r"lacks 1[46] of the model's tensors, such as transformer\.h\.2"):

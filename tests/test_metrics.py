@@ -45,7 +45,7 @@ for step in (1, 2):
         metrics.add("loss", torch.tensor(float(value), requires_grad=True))
     metrics.add("a", 1.0)
 state = metrics.state()
-assert state == {"logged_step": 0, "sums": {"a": 4.0, "loss": 333.0}}, state
+assert state == {"logged_step": 0, "left_out": 0, "sums": {"a": 4.0, "loss": 333.0}}, state
 line = metrics.log(2, 64, lr=0.5)
 metrics.resume(2, state)
 assert metrics.log(3, 96)["loss"] == 111.0
@@ -137,7 +137,7 @@ def test_scores_are_lines_of_their_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert line["loss"] == 2.5, "scores do not end a window"
     assert capsys.readouterr().out.startswith("step 2: validation_loss 1.2346\n")
     resumed = Metrics(run, ALONE, 4)
-    resumed.resume(2, {"logged_step": 0, "sums": {"loss": 3.0}})
+    resumed.resume(2, {"logged_step": 0, "left_out": 0, "sums": {"loss": 3.0}})
     assert _lines(run) == [scores]
 
 

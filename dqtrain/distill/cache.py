@@ -28,7 +28,7 @@ from dqtrain.data.shard import writing
 from dqtrain.data.stream import IGNORED, AnyStream, Batch
 from dqtrain.errors import DataError
 from dqtrain.files import digest, write_text, write_whole
-from dqtrain.models import Head, Inputs, Outputs, Taught, Teacher, inputs_of
+from dqtrain.models import Head, Inputs, Outputs, Taught, Teacher, inputs_of, weight_files
 from dqtrain.world import World, barrier, broadcast_object
 
 VERSION = 1
@@ -50,10 +50,10 @@ def cache_folder(shards: Path, settings: TeacherSettings, teacher: Path, layout:
     The name changes with every byte of the model, with the shards, the layout and what is stored, and where ids are drawn with their number and `seed`.
     """
     index = read_index(shards)
-    files = sorted(path for path in teacher.iterdir() if path.suffix in (".safetensors", ".bin") or path.name == "config.json")
     identity = {
         "version": VERSION,
-        "teacher": {path.name: digest(path) for path in files},
+        "teacher": {path.name: digest(path) for path in weight_files(teacher)},
+        "dtype": settings.dtype,
         "tokenizer": index["tokenizer_hash"],
         "shards": [shard["checksum"] for shard in index["shards"]],
         "layout": layout,

@@ -109,7 +109,7 @@ def test_hidden_states_give_the_teachers_own_logits(family, stream, pairs, tmp_p
         if data is stream and len(samples) == 8:  # those of pairs were in batches of other widths
             assert torch.equal(logits(ours, inputs), logits(theirs, inputs))
         torch.testing.assert_close(logits(ours, inputs), logits(theirs, inputs), atol=1e-5, rtol=1e-5)
-    assert cached.words() == {}
+    assert cached.figures() == {}
     assert about["num_samples"] == data.num_samples and about["num_tokens"] == num_tokens and about["num_ids"] == 0
     assert about["num_bytes"] == sum(path.stat().st_size for path in (tmp_path / "teacher-hidden-0").glob("*.safetensors"))
 
