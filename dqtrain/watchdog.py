@@ -49,7 +49,7 @@ class Watchdog:
             if idle_s >= self._limit_s:
                 # Should it be the disk that hangs, what follows hangs too.
                 last = threading.Timer(LAST_S, os._exit, (Stopped.exit_code,))
-                last.daemon = True
+                last.daemon, last.name = True, "watchdog"
                 last.start()
                 try:
                     self._stacks.parent.mkdir(exist_ok=True)
