@@ -41,9 +41,7 @@ def run_rank(config: RunConfig, job: Literal["train", "cache-teacher"] = "train"
             cache_teacher(config, run, world)
         else:
             rank.trainer = trainer = build(config, run, world)
-            stacks = run.exits / f"stacks-rank-{world.rank:05d}.txt"
-            stacks.unlink(missing_ok=True)  # of an earlier start
-            watchdog = Watchdog(config.run.watchdog_s, stacks, rank.hung)
+            watchdog = Watchdog(config.run.watchdog_s, run.exits / f"stacks-rank-{world.rank:05d}.txt", rank.hung)
             # Every forward is a sign of life: of training, of evaluation, and of each word that is generated.
             for module in (trainer.student.model, trainer.student.model.model):
                 module.register_forward_hook(watchdog.beat)
@@ -110,7 +108,7 @@ class _Rank:
         limit_s, step = self.config.run.watchdog_s, self.trainer.step
         message = (
             f"no progress for {limit_s} s after step {step} (run.watchdog_s), so that another rank or a disk probably hangs; where the threads of each rank "
-            f"were is in {self.run.exits}/stacks-rank-*.txt. A rank without such a file is the one that hangs. `dqtrain resume {self.run.path}` continues."
+            f"were is in {self.run.exits}/stacks-rank-*.txt. A rank without a new such file is the one that hangs. `dqtrain resume {self.run.path}` continues."
         )
         self.leave(Stopped.exit_code, message, linger_s=min(60.0, max(2.0, limit_s / 10)))
 
