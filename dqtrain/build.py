@@ -63,7 +63,8 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
 
     loaded = load_tokenizer(tokenizer)
-    student, coverage, maps, weights = student_model(config, len(loaded), loaded.eos_token_id, world)
+    goes_on = on_rank_0(world, lambda: run.has_checkpoint)
+    student, coverage, maps, weights = student_model(config, len(loaded), loaded.eos_token_id, world, goes_on)
     streams = {split: open_stream(folder, config.data, student.config, config.run.seed, shuffle=split == "train") for split, folder in shards.items()}
     name = str(config.student.init_from or (config.teacher.path if config.teacher else "student.architecture"))
     check_length(student.config, config.data, name)
@@ -105,7 +106,7 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
             write_text(run.coverage, coverage.to_json())
             metrics.say(coverage.table())
     engine = StudentEngine(objective, config.train, config.zero, world)
-    if learned_later:
+    if learned_later and not goes_on:
         starts = calibrated(student, lambda: _show_samples(language_model, streams["train"], config, world.device), learned_later)
         engine.overwrite({f"student.model.{name}": value for name, value in starts.items()})
     judge = teacher if isinstance(teacher, TeacherEngine) else None
@@ -131,7 +132,7 @@ def _check_same_teacher(folder: Path, run: RunDir, world: World) -> None:
     record = run.path / "teacher.json"
 
     def compare() -> None:
-        before = json.loads(record.read_text()) if record.is_file() and any(run.checkpoints.glob("step-*")) else found
+        before = json.loads(record.read_text()) if record.is_file() and run.has_checkpoint else found
         changed = sorted(name for name in before.keys() | found.keys() if before.get(name) != found.get(name))
         if changed:
             raise ConfigError(
@@ -290,8 +291,11 @@ class Student(NamedTuple):
     weights: dict[str, Reader]  # of everything but learned activation scales that start with the data
 
 
-def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: World) -> Student:
-    """What a config says of the student. The tokenizer's size and end of text are for a new model alone. Collective: ranks share the search of scales."""
+def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: World, goes_on: bool = False) -> Student:
+    """What a config says of the student. The tokenizer's size and end of text are for a new model alone. Collective: ranks share the search of scales.
+
+    Of a run that `goes_on` the checkpoint knows the learned scales, so that they are not searched.
+    """
     source = config.student.init_from
     learned: set[str] = set()
     if config.student.architecture is not None:
@@ -299,7 +303,7 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: 
         model, weights = meta_model(new.config), readers_of(new.state_dict())
     elif source is not None and RunDir(source).config.is_file():
         model = meta_model(RunDir(source).student)
-        weights = checkpoint.readers(chosen_checkpoint(RunDir(source)), model)
+        weights = checkpoint.readers(on_rank_0(world, lambda: chosen_checkpoint(RunDir(source))), model)
         learned = weights.keys() - model.state_dict().keys()
     else:
         assert source is not None or config.teacher is not None, "config.py asks for one of them"
@@ -341,7 +345,11 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: 
         if all(before[row.name].input_quantizer == row.input_quantizer for row in coverage.rows):
             known |= learned - {name for row in before.values() for name in row.learned_names}  # what is learned of activations
     weights = {name: read for name, read in weights.items() if name not in learned - known}
-    return Student(model, coverage, maps, weights | readers_of(_first_scales(model, weights, known, world)))
+    if goes_on:
+        scales = {name: torch.ones(model.get_parameter(name).shape) for row in coverage.rows for name in row.learned_names}
+    else:
+        scales = _first_scales(model, weights, known, world)
+    return Student(model, coverage, maps, weights | readers_of(scales))
 
 
 def _first_scales(model: PreTrainedModel, weights: dict[str, Reader], known: set[str], world: World) -> dict[str, Tensor]:

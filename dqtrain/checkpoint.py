@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -299,7 +300,8 @@ class Saver:
                 num_bytes = self._commit(snapshot)
                 if self.on_saved is not None:
                     self.on_saved(step=snapshot.step, stall_s=round(snapshot.stall_s, 4), write_s=round(time.monotonic() - started, 4), bytes=num_bytes)
-                self._forget(snapshot.state.get("best"))
+                with suppress(OSError):  # the checkpoint is there; what could not be deleted is tried again after the next one
+                    self._forget(snapshot.state.get("best"))
         except OSError as error:
             self._error = f"rank {self.world.rank}: {error}"
         except Exception:  # a mistake of ours: the main threads must hear of it, or they would wait for ever
@@ -366,13 +368,14 @@ Files = dict[str, tuple[int, str]]
 
 
 def _problem(folder: Path, check: Callable[[Files], str | None]) -> str | None:
-    """What `check` says of the files in a checkpoint's manifest, or why that cannot be said."""
+    """What `check` says of the files in a checkpoint's manifest, or why that cannot be said. Raises OSError for files that are there but cannot be read now."""
     try:
         manifest = json.loads((folder / "MANIFEST.json").read_text())
         if manifest["format"] != FORMAT:
             return f"MANIFEST.json has format {manifest['format']}, this dqtrain reads {FORMAT}"
         return check(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # no file, no JSON, or JSON of another shape
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # No file, no JSON, or JSON of another shape. A disk that fails or forbids is no damage: the checkpoint may be sound, and must not be passed over.
         return f"{type(error).__name__}: {error}"
 
 
@@ -450,7 +453,8 @@ def at_step(root: Path, step: int) -> Path:
     folder = root / _name(step)
     problem = problem_with(folder)
     if problem is not None:
-        raise CheckpointError(f"{folder}: cannot be used ({problem}). Restore it, or set export.checkpoint to the other of last and best.")
+        others = ", ".join(name for name in _complete_names(root) if name != folder.name) or "none"
+        raise CheckpointError(f"{folder}: cannot be used ({problem}). Restore it, or use another one; there are: {others}.")
     return folder
 
 
@@ -630,8 +634,9 @@ def write_model(folder: Path, student: Path, out: Path, dtype: torch.dtype, shar
         partial.rename(out)
         sync_path(out.parent)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{out}: could not be written ({error}). It takes {total:,} bytes; free space there, then try again.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_same_config(folder: Path, saved: dict[str, Any], config: RunConfig) -> None:

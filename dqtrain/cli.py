@@ -289,7 +289,7 @@ def _weights(run: RunDir, out: Path, step: int | None, dtype: str) -> int:
 
 def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sample: int | None, like: Path | None) -> int:
     """Score a run's chosen checkpoint, a model directory or an artifact; prints one JSON object."""
-    from dqtrain.artifact.load import load_any
+    from dqtrain.artifact.load import load_spread
     from dqtrain.build import evaluation_stream, writing_of
     from dqtrain.data.prepare import load_tokenizer
     from dqtrain.evaluate import evaluate
@@ -299,10 +299,9 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
     world = init_world()
     run = RunDir(path)
     config = load_config(like) if like else run.load_config() if run.config.is_file() else None
-    model = load_any(path)
+    model = load_spread(path)
     stream = evaluation_stream(path, model, split, data, tokens_per_sample, config)
-    language_model = LanguageModel(model).to(world.device)
-    scores = evaluate(language_model, stream, 8, world).as_dict()
+    scores = evaluate(LanguageModel(model), stream, 8, world).as_dict()
     if config is not None and config.eval.generation is not None:
         writing = writing_of(config, load_tokenizer(run.student if run.config.is_file() else path), world, False)
         assert writing is not None
@@ -330,10 +329,10 @@ def _plan(config: RunConfig, nodes: int, gpus: int, gpu: str, as_json: bool) -> 
 
 def _generate(path: Path, prompt: str, tokens: int) -> int:
     """Print the prompt and its greedy continuation."""
-    from dqtrain.artifact.load import complete, load_any
+    from dqtrain.artifact.load import complete, load_spread
 
     run = RunDir(path)
-    print(complete(load_any(path), run.student if run.config.is_file() else path, prompt, tokens))
+    print(complete(load_spread(path), run.student if run.config.is_file() else path, prompt, tokens))
     return 0
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,7 +40,15 @@ import deepspeed.ops  # noqa: E402
 deepspeed.ops.__compatible_ops__ = {}
 
 PRIVATE_NAMES = {
-    3: ("grad_position", "get_param_id", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "fp16_partitioned_groups", "unflatten"),
+    3: (
+        "grad_position",
+        "get_param_id",
+        "grad_partitions_flat_buffer",
+        "fp32_partitioned_groups_flat",
+        "fp16_partitioned_groups_flat",
+        "fp16_partitioned_groups",
+        "unflatten",
+    ),
     2: ("single_partition_of_fp32_groups", "_link_all_hp_params", "update_lp_params"),
     1: ("single_partition_of_fp32_groups", "_link_all_hp_params", "update_lp_params"),
 }
@@ -208,6 +216,10 @@ class TeacherEngine:
         said = self(inputs, layers)
         with gather(self.module.head_parameters(), read_only=True):
             yield Taught(said, self.module.plain_head())
+
+    def destroy(self) -> None:
+        """Give the memory of the weights back; the module can be used no more."""
+        _free(self.module.parameters())
 
     def figures(self) -> dict[str, float]:
         """How alike the word embeddings are, and the most elements that were whole at a time; known to rank 0, the others have none. Collective."""
@@ -403,8 +415,20 @@ class StudentEngine:
         self.publish()
 
     def destroy(self) -> None:
-        """Drop the engine's hooks and buffers."""
+        """Give the memory of weights, moments and gradients back; the module can be used no more."""
+        held = [tensor for fragment in self.fragments() for tensor in fragment.tensors.values()]
+        if self.stage == 3:
+            held.append(self._optimizer.grad_partitions_flat_buffer)
         self._engine.destroy()
+        _free([*held, *self.module.parameters()])
+
+
+def _free(tensors: Iterable[Tensor]) -> None:
+    """Take the memory of tensors and of partitions: DeepSpeed's hooks outlive a stage-3 engine, and what they hold would stay for ever (measured)."""
+    for tensor in tensors:
+        for part in (tensor, getattr(tensor, "ds_tensor", None)):
+            if part is not None:
+                part.untyped_storage().resize_(0)
 
 
 def _parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:

@@ -122,6 +122,10 @@ class Teacher(Protocol):
         """How alike its word embeddings are, if it knows them. Collective."""
         ...
 
+    def destroy(self) -> None:
+        """Give its memory back."""
+        ...
+
 
 class HeadLinear(nn.Linear):
     """A head that hands what it would multiply to a function instead: the (fake-quantized) weight exists inside its forward alone."""
@@ -189,7 +193,7 @@ class LanguageModel(nn.Module):
     def _head(self, weight: Tensor, bias: Tensor | None) -> Head:
         added = getattr(self.model, "final_logits_bias", None)
         if added is not None:
-            bias = added[0] if bias is None else bias + added[0]
+            bias = added[0].to(weight.device) if bias is None else bias + added[0].to(bias.device)
         return Head(weight, bias, getattr(self.model.config, "final_logit_softcapping", None))
 
     def _outputs(self, decoder: Any, encoder: Any = None) -> Outputs:

@@ -711,7 +711,8 @@ def cost_of(config: RunConfig, nodes: int, gpus: int, gpu: Gpu, models: Models |
     products = passes * _forward_flops(config, student) * samples + (6.0 * student.words * rows if heads else 0.0)
     parameters = student.elements + models.scales
     whole = 4.0 * parameters
-    traffic = {"reductions": whole * (1 if stage == 1 else micro_batches)}
+    # Stages 1 and 2 reduce buckets by an all-reduce, which brings every element twice; stage 3 scatters.
+    traffic = {"reductions": whole * {1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage]}
     if stage == 3:
         traffic["student's gathers"] = micro_batches * (whole + 4.0 * max(0, parameters - _live(config, student)))
     else:

@@ -61,6 +61,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether a complete checkpoint was ever written here; a damaged one counts."""
+        return any(self.checkpoints.glob("step-*"))
+
+    @property
     def log(self) -> Path:
         """Metrics, one JSON line per log step."""
         return self.path / "log.jsonl"
@@ -142,7 +147,7 @@ class RunDir:
             write_text(self.config, dump_config(config))
             return "start"
         changes = differences(self.load_config(), config)
-        if changes.keys() - PASSIVE and any(self.checkpoints.glob("step-*")):
+        if changes.keys() - PASSIVE and self.has_checkpoint:
             listing = "\n".join(f"  {key}: {json.dumps(old)} -> {json.dumps(new)}" for key, (old, new) in changes.items())
             raise ConfigError(
                 f"{self.path} holds a run with another config (there -> here):\n{listing}\n"

@@ -130,7 +130,9 @@ class Trainer:
         self.save()
         self.saver.wait()
         bad = [pair for pair, loss in zip(batches, losses, strict=True) if not math.isfinite(loss["loss"])]
-        write_batches(self.run.bad_batches(self.step + 1, self.world.rank), bad or batches)
+        found = sum_over_ranks(torch.tensor(len(bad), device=self.world.device)) > 0  # else all losses are sound, and a gradient overflowed
+        if bad or not found:
+            write_batches(self.run.bad_batches(self.step + 1, self.world.rank), bad or batches)
         raise NumericsError(
             f"{what}, so it was not made; the state before it is saved, the batch is in {self.run.exits}. Raise train.max_skipped_steps to skip it, "
             "or lower train.lr in a new run."
@@ -180,8 +182,8 @@ class Trainer:
         if self.world.rank == 0:
             self.run.event("start" if folder is None else "resume", step=self.step, ranks=self.world.world_size)
 
-    def finish(self) -> None:
-        """Test once, export, verify, and only then mark the run finished with result.json. Collective."""
+    def test(self) -> dict[str, Any]:
+        """Score the chosen checkpoint on the test split: its step, and the scores if there is one. Collective."""
         self.saver.close()
         stop_at_once()  # all is saved
         step = self.best["step"] if self.config.export.checkpoint == "best" and self.best else self.config.train.steps
@@ -190,8 +192,15 @@ class Trainer:
             checkpoint.load(folder, self.student)
         self.student.mode(training=False)
         scores = self.evaluation.final(self.student.model, self.run.predictions, self.metrics.phase)
+        return {"step": step, "test": scores}
+
+    def finish(self, tested: dict[str, Any]) -> None:
+        """Export, verify, and only then mark the run finished with result.json; what trained is gone then. Collective."""
         self.metrics.say("exporting and verifying")
+        self.student.destroy()  # on every rank: what they hold would not fit beside the model that rank 0 exports
+        if self.teacher is not None:
+            self.teacher.destroy()
         if self.world.rank == 0:
-            result = {"step": step, "test": scores, "export": export(self.run, folder)}
+            result = tested | {"export": export(self.run, checkpoint.at_step(self.run.checkpoints, tested["step"]))}
             write_text(self.run.result, json.dumps(result, indent=1))
         barrier()

@@ -3,6 +3,7 @@
 Starting a group costs seconds and a job far less, so that many jobs share one. Needs no GPU.
 """
 
+import gc
 import json
 import os
 import resource
@@ -252,6 +253,28 @@ def train(world: World, folder: Path, name: str, spoilt: bool = False, **how: An
     }
     (folder / f"{name}-{world.rank}.json").write_text(json.dumps(report))
     run.student.destroy()
+
+
+def bytes_of_tensors() -> int:
+    """Memory of all tensors of this process."""
+    gc.collect()
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter) and not thing.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def destroy(world: World, folder: Path) -> None:
+    """Engines of every stage, destroyed after a step: nothing but trifles is left of them. -> destroy-RANK.json, bytes of [before, with, after]."""
+    found = {}
+    for stage in (1, 2, 3):
+        before = bytes_of_tensors()
+        run = Trained(world, stage=stage, teacher=3 if stage == 3 else 0)
+        run.train(0)
+        during = bytes_of_tensors()
+        run.student.destroy()
+        run.teacher.destroy()
+        del run
+        found[str(stage)] = [before, during, bytes_of_tensors()]
+    (folder / f"destroy-{world.rank}.json").write_text(json.dumps(found))
 
 
 def release(world: World, folder: Path, name: str) -> None:

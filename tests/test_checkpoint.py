@@ -307,6 +307,14 @@ def test_a_damaged_checkpoint_is_passed_over(root, damage):
         checkpoint.at_step(root, 3)
 
 
+def test_a_disk_that_cannot_be_read_is_no_damage(root):
+    manifest = step(root, 3) / "MANIFEST.json"
+    manifest.unlink()
+    manifest.symlink_to(manifest)  # reading it fails as a disk or its server does: the file is there
+    with pytest.raises(OSError, match="MANIFEST.json"):
+        checkpoint.newest(root)
+
+
 def choices(resized, size, number):
     """What each rank said of a root."""
     return [json.loads((resized / f"chosen-by-{size}-{rank}.json").read_text())[f"for-{size}-{number}"] for rank in range(size)]
@@ -532,7 +540,7 @@ def visible(run):
     return sorted(run.path.glob("checkpoints/step-*"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_full_disk_ends_a_run_with_its_own_code(make_run, ranks):
     run = make_run(train=TRAIN, checkpoint="{every_steps: 1}", eval="{}")
     process = run.start("train", str(run.config), "--ranks", str(ranks))

@@ -50,7 +50,7 @@ STUDENT = ("activations", "precision", "checkpointing", "tie_word_embeddings", "
 def found(tmp_path_factory):
     """Folder with what two ranks found in every case."""
     folder = tmp_path_factory.mktemp("engine")
-    jobs = [("train", {"name": name, **how}) for name, how in CASES.items() if name != "released"] + [("release", {"name": "released"})]
+    jobs = [("train", {"name": name, **how}) for name, how in CASES.items() if name != "released"] + [("release", {"name": "released"}), ("destroy", {})]
     jobs += [("teach", {"name": f"teacher-{precision}", "teacher": 3, "precision": precision}) for precision in ("fp32", "bf16")]
     for name, make in FAMILIES.items():
         make().save_pretrained(folder / "models" / name, max_shard_size="20KB")  # several files
@@ -233,6 +233,12 @@ def test_no_more_of_a_teacher_is_whole_than_was_asked_for(found):
         for layers, elements in live.items():
             assert layer * layers / 2 < elements <= max((layers + 1) * layer, words + layer)
         assert live[7] > live[4] > live[2] > live[1]
+
+
+def test_destroyed_engines_give_their_memory_back(found):
+    for rank in (0, 1):
+        for before, during, after in report(found, "destroy", rank).values():
+            assert during - before > 10 * max(after - before, 0)
 
 
 def test_teacher_is_released_after_forward_and_has_no_gradient(found):

@@ -272,8 +272,8 @@ def test_traffic_by_hand(tmp_path):
         return plan.cost_of(config_of(tmp_path, teacher, zero=zero), 2, 4, plan.GPUS["h100"]).traffic
 
     share, micro_batches = 4 * 7 / 8, 64 // 2 // 8
-    assert traffic(student=1, teacher=0) == pytest.approx({"reductions": share * elements, "student's gathers": share * elements})
-    assert traffic(student=2, teacher=0) == pytest.approx({"reductions": micro_batches * share * elements, "student's gathers": share * elements})
+    assert traffic(student=1, teacher=0) == pytest.approx({"reductions": 2 * share * elements, "student's gathers": share * elements})
+    assert traffic(student=2, teacher=0) == pytest.approx({"reductions": 2 * micro_batches * share * elements, "student's gathers": share * elements})
     gathers = {"reductions": micro_batches * share * elements, "student's gathers": micro_batches * share * elements}
     assert traffic(student=3, teacher=3) == pytest.approx(gathers | {"teacher's gathers": micro_batches * share * (elements + 97 * 32)})
 

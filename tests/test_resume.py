@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dqtrain import checkpoint
+from dqtrain.artifact.load import load_any, load_spread
+from dqtrain.models import Inputs, LanguageModel
 
 LONG = "{steps: 30, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.01}"
 
@@ -86,6 +88,14 @@ def test_weights_come_out_of_any_checkpoint(uninterrupted, tmp_path):
     ):
         code, output = uninterrupted.dqtrain("weights", str(uninterrupted.path), str(tmp_path / arguments[0]), *arguments[1:])
         assert code in (2, 4) and message in output
+
+
+def test_a_run_that_does_not_fit_the_memory_computes_the_same(uninterrupted):
+    ids = torch.arange(12).view(2, 6)
+    inputs = Inputs(ids, torch.ones_like(ids, dtype=torch.bool))
+    with torch.no_grad():
+        whole, spread = (LanguageModel(model).logits(inputs) for model in (load_any(uninterrupted.path), load_spread(uninterrupted.path, {"cpu": 0})))
+    assert torch.equal(whole, spread)
 
 
 def test_resume_on_other_ranks_and_stage_reads_the_same_samples(uninterrupted, make_run):

@@ -54,7 +54,7 @@ def data_of(pairs):
     return f"{{{files}, pairs: {how}, shards: {pairs}/shards, tokenizer: {pairs}/tokenizer}}"
 
 
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("family", ["bart", pytest.param("t5", marks=pytest.mark.slow)])
 def test_from_a_new_teacher_to_a_packed_student(family, pairs, make_run):
     data = data_of(pairs)
     architecture = f"{{architecture: {{model_type: {family}, {SIZES[family]}}}}}"

@@ -1,10 +1,17 @@
 """An artifact, or any model directory or run, as a transformers model that computes what was trained."""
 
 import json
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import offload_weight, save_offload_index
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,7 +21,7 @@ from dqtrain.config import ActivationQuant, Generation
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.generation import generate as write
-from dqtrain.models import empty_model, load_model
+from dqtrain.models import LanguageModel, by_names, empty_model, load_model, meta_model, open_weights
 from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model
 from dqtrain.rundir import RunDir
 from dqtrain.world import World
@@ -72,6 +79,60 @@ def load_any(path: Path) -> PreTrainedModel:
     return load_artifact(path) if (path / "artifact.json").is_file() else load_model(path)
 
 
+def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -> PreTrainedModel:
+    """As `load_any`, over the devices of this machine: its GPUs, then its memory, then temporary files, as far as each has room (accelerate).
+
+    The model never is whole anywhere: tensors are read one at a time. An artifact, which is small, is loaded into memory. `max_memory`: bytes by GPU
+    number and `cpu` (default: what is free).
+    """
+    run = RunDir(path)
+    if (path / "artifact.json").is_file():
+        return load_artifact(path)
+    model = meta_model(run.student if run.config.is_file() else path)
+    if run.config.is_file():
+        quant = run.load_config().quant
+        if quant is not None:
+            quantize_model(model, quant, initialise=False)
+        weights = checkpoint.readers(chosen_checkpoint(run), model)
+    else:
+        weights = open_weights(path, model)
+    LanguageModel(model)  # gives the head its class, which accelerate's hooks must find
+    classes = list(getattr(model, "_no_split_modules", None) or ())
+    device_map = infer_auto_device_map(model, None if max_memory is None else dict(max_memory), classes)
+    files = tempfile.mkdtemp(prefix="dqtrain-")
+    weakref.finalize(model, shutil.rmtree, files, ignore_errors=True)
+    index: dict[str, Any] = {}
+    for names, tensor in list(by_names(model)):
+        if not isinstance(tensor, nn.Parameter):
+            weights[names[0]](0, tensor.view(-1))
+            continue
+        if names[0] not in weights:
+            raise CheckpointError(f"{path}: has no tensor {names[0]}, which {type(model).__name__} needs. Save or export the model again.")
+        device = next(device_map[prefix] for prefix in _prefixes(names[0]) if prefix in device_map)
+        value = torch.empty(tensor.shape)
+        weights[names[0]](0, value.view(-1))
+        if device == "disk":
+            for name in names:
+                index = offload_weight(value, name, files, index)
+            continue
+        parameter = nn.Parameter(value.to(device), requires_grad=False)
+        for name in names:
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._parameters[key] = parameter
+    save_offload_index(index, files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the map names buffers too, which accelerate takes for a mistake of its user
+        return dispatch_model(model, device_map, offload_dir=files).eval()
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """A parameter's name, its module's, that one's parent's, ..., and the empty name of all."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
 def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> str:
     """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt."""
     tokenizer = load_tokenizer(path)
@@ -81,7 +142,7 @@ def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> st
             raise ConfigError(f"{tokens} tokens are asked, but {path} has {longest} positions; ask for fewer.")
         world = World(0, 1, 0, model.device)
         return write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world)[0]
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]])
+    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]], device=model.device)
     if longest is not None and ids.shape[1] + tokens > longest:
         raise ConfigError(f"the prompt has {ids.shape[1]} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")
     generate: Any = model.generate

@@ -188,6 +188,11 @@ class CachedTeacher:
         """Nothing: the embeddings are not stored."""
         return {}
 
+    def destroy(self) -> None:
+        """Close the files."""
+        self._part.cache_clear()
+        self._head = None
+
     @contextmanager
     def teaching(self, batch: Batch, inputs: Inputs, layers: bool = True) -> Iterator[Taught]:
         """What is stored of a micro-batch."""

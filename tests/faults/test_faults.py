@@ -23,6 +23,7 @@ from dqtrain.cli import main
 from dqtrain.data.shard import BLOCK_BYTES
 from launch.local import GRACE_S
 
+pytestmark = pytest.mark.slow
 TRAIN = "{steps: 60, global_batch: 4, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.01}"
 WATCHDOG_S = 5
 DRAW = random.Random(6)
@@ -276,7 +277,6 @@ def test_all_checkpoints_that_are_left_are_sound(chain):
         assert [checkpoint.problem_with(folder) for folder in folders] == [None] * 3
 
 
-@pytest.mark.slow
 def test_every_living_rank_leaves_its_stacks_and_the_launcher_speaks_for_a_frozen_rank_0(make_run):
     run = make_run(checkpoint="{every_steps: 1}", eval="{}", train="{steps: 500, global_batch: 6, micro_batch: 2, lr: 1.0e-3}")
     with run.start("train", str(run.config), f"run.watchdog_s={WATCHDOG_S}", "--ranks", "3") as process:

@@ -1,0 +1,42 @@
+"""A model that does not fit the memory computes from files what it computes in memory."""
+
+import gc
+import tempfile
+
+import pytest
+import torch
+from families import FAMILIES
+
+from dqtrain.artifact.load import load_any, load_spread
+from dqtrain.models import Inputs, LanguageModel
+
+
+def logits(model):
+    ids = torch.arange(10).view(2, 5)
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        return LanguageModel(model).logits(Inputs(ids, everything, *((ids.flip(1), everything) if model.config.is_encoder_decoder else ())))
+
+
+@pytest.mark.parametrize("share", [None, 0.5, 0.0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_spread_over_memory_and_files(name, share, tmp_path):
+    FAMILIES[name]().save_pretrained(tmp_path)
+    whole = load_any(tmp_path)
+    size = 4 * sum(p.numel() for p in whole.parameters())
+    spread = load_spread(tmp_path, None if share is None else {"cpu": int(share * size)})
+    in_memory = sum(p.numel() for p in spread.parameters() if not p.is_meta) * 4
+    assert in_memory == size if share is None else in_memory <= share * size
+    torch.testing.assert_close(logits(spread), logits(whole), rtol=1e-5, atol=1e-5)
+    assert [names for names in spread.state_dict() if names not in whole.state_dict()] == []
+
+
+def test_files_go_with_the_model(tmp_path, monkeypatch):
+    FAMILIES["gpt2"]().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "files"))
+    (tmp_path / "files").mkdir()
+    model = load_spread(tmp_path / "model", {"cpu": 0})
+    assert any(tmp_path.glob("files/*/*.dat"))
+    del model
+    gc.collect()
+    assert not any(tmp_path.glob("files/*"))
