@@ -79,13 +79,7 @@ class Trainer:
         """(index, batch) of this rank's micro-batches of the step: every world_size-th; those beyond the last have no target tokens."""
         count = self.config.train.global_batch // self.config.train.micro_batch
         mine = range(self.world.rank, math.ceil(count / self.world.world_size) * self.world.world_size, self.world.world_size)
-        return [(j, self._micro_batch(j, count)) for j in mine]
-
-    def _micro_batch(self, index: int, count: int) -> Batch:
-        batch = self.stream.micro_batch(self.step, min(index, count - 1), self.config.train.global_batch, self.config.train.micro_batch)
-        if index >= count:
-            batch.labels.fill(IGNORED)  # this rank has no micro-batch left, but takes part in the collectives
-        return batch
+        return [(j, self.stream.micro_batch(self.step, j, self.config.train.global_batch, self.config.train.micro_batch)) for j in mine]
 
     def agree(self, batches: list[tuple[int, Batch]], request: StopRequest) -> tuple[int, bool]:
         """(target tokens of the global batch, whether any rank was asked to stop). Collective. Raises CheckpointError when a save has failed on any rank."""

@@ -121,9 +121,16 @@ class AnyStream(ABC):
         return self._batch(samples)
 
     def micro_batch(self, step: int, j: int, global_batch: int, micro_batch: int) -> Batch:
-        """Return micro-batch j of a step, the same whichever rank asks; steps count from 0, sizes are in samples."""
-        start = step * global_batch + j * micro_batch
-        return self.batch(range(start, start + micro_batch))
+        """Return micro-batch j of a step, the same whichever rank asks; steps count from 0, sizes are in samples.
+
+        Beyond the step's last one it is that one without target tokens, for a rank that has no work left but takes part in the collectives.
+        """
+        count = global_batch // micro_batch
+        start = step * global_batch + min(j, count - 1) * micro_batch
+        batch = self.batch(range(start, start + micro_batch))
+        if j >= count:
+            batch.labels.fill(IGNORED)
+        return batch
 
     def _find(self, i: int) -> tuple[Shard, int]:
         """The shard that holds sample i, and its number there."""

@@ -90,6 +90,8 @@ def test_every_sample_comes_once_per_epoch_for_any_world(folder, world_size, acc
                 assert batch.input_ids.shape == batch.labels.shape == (micro_batch, 16)
                 for row, (ids, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
                     rows.setdefault(step * global_batch + j * micro_batch + row, []).append((*ids, *labels))
+    beyond, last = (stream.micro_batch(0, j, global_batch, micro_batch) for j in (world_size * accumulation + 1, world_size * accumulation - 1))
+    assert (beyond.labels == -100).all() and (beyond.input_ids == last.input_ids).all() and (last.labels != -100).any()
     assert all(len(seen) == 1 for seen in rows.values())
     run = [rows[position][0] for position in range(num_steps * global_batch)]
     every_sample = sorted((*ids, *labels) for ids, labels in map(stream.sample, range(stream.num_samples)))
