@@ -38,6 +38,7 @@ from dqtrain.models import (
     check_vocabulary,
     cut,
     has_norm_behind,
+    in_int8,
     inputs_of,
     layer_map,
     meta_model,
@@ -148,8 +149,11 @@ def _online_teacher(config: RunConfig, world: World) -> TeacherEngine:
     assert config.teacher is not None
     folder = model_directory(config.teacher.path)
     model = meta_model(folder)
-    dtype = torch.bfloat16 if config.teacher.dtype == "bf16" else torch.float32
-    materialise(model, open_weights(folder, model), dtype, partitioned=config.zero.teacher == 3)
+    weights = open_weights(folder, model)
+    if config.teacher.dtype == "int8":
+        weights = in_int8(model, weights)
+    dtype = torch.float32 if config.teacher.dtype == "fp32" else torch.bfloat16
+    materialise(model, weights, dtype, partitioned=config.zero.teacher == 3)
     module = LanguageModel(model, config.train.precision, **needed_outputs(config.distill))
     return TeacherEngine(module, config.train, config.zero, world, config.teacher.live_layers)
 

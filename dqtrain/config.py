@@ -38,8 +38,8 @@ class Teacher(Block):
     """Its word comes from the model beside the student, or from what `dqtrain cache-teacher` stored: last hidden states, sampled ids (unbiased) or the likeliest ids (biased)."""
     draws: int = Field(50, ge=1, le=4096)
     """Ids per token: drawn from the teacher's distribution (sampled; they repeat, about 12 differ), or the likeliest ones (top_k)."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """What its weights are kept and gathered in; bf16 halves both, and rounds weights that were not trained in it."""
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What its weights are kept and gathered in; bf16 halves both, and rounds weights that were not trained in it; int8 is bf16 with the matrices of its layers in one byte per weight, with a scale per output."""
     live_layers: int = Field(2, ge=1)
     """Layers of it that are whole at a time under `zero.teacher` 3: more are gathered ahead, for more memory."""
 

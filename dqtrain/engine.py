@@ -78,7 +78,7 @@ def gather(parameters: Sequence[nn.Parameter], read_only: bool = False) -> Abstr
 def materialise(
     model: nn.Module, weights: Mapping[str, Reader], dtype: torch.dtype = torch.float32, partitioned: bool = False, device: str | None = None
 ) -> None:
-    """Give parameters on the meta device memory, in `dtype`, and values, one at a time, and persistent buffers theirs; tied ones stay tied.
+    """Give parameters on the meta device memory, in `dtype` (integers in theirs), and values, one at a time, and persistent buffers theirs; tied ones stay tied.
 
     Partitioned, they are so as under ZeRO-3, on the GPU unless `device` is "cpu", and each rank reads and holds its own slice alone: never more than its partitions and one slice. To be called
     before an engine is made. Raises ConfigError for a tensor that `weights` lacks. Collective when partitioned.
@@ -91,7 +91,8 @@ def materialise(
                 continue
             if parameter not in made:
                 read = _reader(weights, f"{prefix}.{key}" if prefix else key)
-                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
+                kept = dtype if parameter.is_floating_point() else parameter.dtype
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=kept), parameter.requires_grad)
                 if partition is None:
                     read(0, made[parameter].view(-1))
                 else:
@@ -180,7 +181,7 @@ class TeacherEngine:
         if zero.teacher == 0:
             self._forward: Any = module
             return
-        dtype = next(module.parameters()).dtype
+        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
         alone = zero.model_copy(update={"offload_optimizer": "none", "offload_parameters": "none"})
         asked = _deepspeed_config(zero.teacher, train, alone, live_layers * _largest_layer(module), dtype)
         self._forward, *_ = deepspeed.initialize(model=module, config=asked)

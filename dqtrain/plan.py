@@ -4,7 +4,7 @@ Two models and two ZeRO engines (`engine.py`), P the student's parameters, n the
 
     student at stage 1, 2   weights 4 P, master copy 4 P / n, moments 8 P / n
     student at stage 3      weights 4 P / n, moments 8 P / n, gradients 4 P / n, and DeepSpeed's bucket for reductions
-    teacher                 its dtype's 2 or 4 bytes per parameter, / n at stage 3
+    teacher                 its dtype's 4, 2 or (matrices of layers in int8) 1 bytes per parameter, / n at stage 3
 
 and on top of them in a step, of which the largest moment counts: what forward keeps for backward (by layer: inputs of norms and products, queries,
 keys and values, what activation functions save; or the layers' inputs alone under activation checkpointing), weights that are gathered, the two heads with
@@ -169,6 +169,21 @@ _LAYER = re.compile(r"(?:^|\.)(?:h|layers|block|blocks)\.(\d+)\.")
 _BUFFERS = re.compile(r"(?:^|\.)(?:final_logits_bias|position_ids|inv_freq|masked_bias)$|(?:^|\.)h\.\d+\.attn\.bias$")
 
 
+_FLOAT_IN_LAYERS = re.compile(r"(?:^|\.)(?:gate|router|shared_expert_gate|relative_attention_bias)\.|bias$")
+"""Matrices of layers that a teacher in int8 keeps in bf16."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of a teacher in the dtype that it is kept in."""
+
+    whole: float
+    layer: float  # the largest one
+    words: float  # embeddings
+    tensor: float  # the largest one
+    dense: float  # what the codes of a module take while it runs
+
+
 @dataclass(frozen=True)
 class Model:
     """A model's parameters by name, tied ones once, and what its config.json says."""
@@ -211,16 +226,36 @@ class Model:
     @cached_property
     def largest_layer(self) -> int:
         """Elements of the largest layer."""
-        sizes: dict[str, int] = {}
-        for name, shape in self.tensors.items():
+        return int(self._of_largest_layer({name: math.prod(shape) for name, shape in self.tensors.items()}))
+
+    def _of_largest_layer(self, values: Mapping[str, float]) -> float:
+        """The largest sum of a layer's tensors, or the sum of all if there are no layers."""
+        sums: dict[str, float] = {}
+        for name, value in values.items():
             if found := _LAYER.search(name):
-                sizes[name[: found.end()]] = sizes.get(name[: found.end()], 0) + math.prod(shape)
-        return max(sizes.values(), default=self.elements)
+                sums[name[: found.end()]] = sums.get(name[: found.end()], 0) + value
+        return max(sums.values(), default=sum(values.values()))
 
     @cached_property
     def largest_matrix(self) -> int:
         """Elements of the largest matrix of a layer."""
         return max((math.prod(shape) for name, shape in self.tensors.items() if _LAYER.search(name)), default=self.elements)
+
+    def _is_coded(self, name: str) -> bool:
+        """Whether a tensor is codes in a teacher in int8: the matrices of layers are, but for routers and tables."""
+        return len(self.tensors[name]) >= 2 and _LAYER.search(name) is not None and _FLOAT_IN_LAYERS.search(name) is None
+
+    def kept_in(self, dtype: str) -> Kept:
+        """Bytes of the model as a teacher of this `teacher.dtype`; a matrix of int8 codes has 2 bytes more for each output."""
+        size = 4.0 if dtype == "fp32" else 2.0
+        sizes = {name: size * math.prod(shape) for name, shape in self.tensors.items()}
+        dense: dict[str, float] = {}  # by module; experts are one
+        for name in filter(self._is_coded, self.tensors) if dtype == "int8" else ():
+            elements, last = math.prod(self.tensors[name]), self.tensors[name][-1]
+            module = name.partition(".experts.")[0]
+            dense[module] = dense.get(module, 0.0) + sizes[name]
+            sizes[name] = elements + 2.0 * (last if self.config.get("model_type") == "gpt2" else elements / last)
+        return Kept(sum(sizes.values()), self._of_largest_layer(sizes), size * self.words, max(sizes.values()), max(dense.values(), default=0.0))
 
     @property
     def words(self) -> int:
@@ -569,14 +604,14 @@ def memory_of(config: RunConfig, world_size: int, device: str = "gpu", models: M
     # Between two steps.
     start = {"weights": 0.0 if offloads_weights else part if stage == 3 else whole}
     start |= {} if offloads_optimizer else {"gradients": part} if stage == 3 else {"master weights": part}
-    bytes_of_teacher, teacher_layers, teacher_words = 0.0, 0.0, 0.0
+    kept = Kept(0.0, 0.0, 0.0, 0.0, 0.0)
+    teacher_layers = 0.0
     if teacher is not None and config.teacher is not None:
-        size = 2 if config.teacher.dtype == "bf16" else 4
-        bytes_of_teacher, teacher_words = float(size * teacher.elements), float(size * teacher.words)
-        start["teacher"] = bytes_of_teacher / (world_size if config.zero.teacher == 3 else 1)
+        kept = teacher.kept_in(config.teacher.dtype)
+        start["teacher"] = kept.whole / (world_size if config.zero.teacher == 3 else 1)
         if config.zero.teacher == 3:
-            layers = (config.teacher.live_layers + 1) * teacher.largest_layer
-            teacher_layers = size * min(teacher.elements, max(layers, teacher.words + teacher.largest_layer))
+            teacher_layers = min(kept.whole, max((config.teacher.live_layers + 1) * kept.layer, kept.words + kept.layer))
+        teacher_layers += kept.dense
     if "contrast" in config.distill.teacher_terms and config.distill.contrast is not None:
         rows = student.vocabulary if config.distill.contrast.bank == "vocabulary" else config.data.longest(student.is_encoder_decoder)
         start["contrast bank"] = rows * (4.0 * student.width + 1)
@@ -592,8 +627,8 @@ def memory_of(config: RunConfig, world_size: int, device: str = "gpu", models: M
     forward = in_step | gathered | said | activations
     if config.distill.task > 0 or "logits" in config.distill.teacher_terms:
         is_quantized = config.quant is not None and config.quant.embeddings is not None
-        heads = (number / 4 * words if is_quantized or number == 2 else 0.0) + (teacher_words if config.zero.teacher == 3 else 0.0)
-        heads += 2.0 * teacher.words if teacher is not None and number == 2 and teacher_words > 2.0 * teacher.words else 0.0
+        heads = (number / 4 * words if is_quantized or number == 2 else 0.0) + (kept.words if config.zero.teacher == 3 else 0.0)
+        heads += 2.0 * teacher.words if teacher is not None and number == 2 and kept.words > 2.0 * teacher.words else 0.0
         forward |= {"heads": heads, "head's gradient": words, "loss chunks": _chunks(config, models)}
     of_teacher = in_step | said | {"gathered teacher": teacher_layers}
 
@@ -627,8 +662,7 @@ def memory_of(config: RunConfig, world_size: int, device: str = "gpu", models: M
 
     host = {"checkpoint being written": 3 * part, "student while loading": whole if stage != 3 else largest}
     if teacher is not None:
-        share = teacher.largest_tensor / teacher.elements if config.zero.teacher == 3 else 1.0
-        host["teacher while loading"] = share * bytes_of_teacher
+        host["teacher while loading"] = kept.tensor if config.zero.teacher == 3 else kept.whole
     host |= {"optimizer": 4 * part} if offloads_optimizer else {}
     host |= {"weights": part} if offloads_weights else {}
     return Memory(moments, host)
@@ -720,8 +754,8 @@ def cost_of(config: RunConfig, nodes: int, gpus: int, gpu: Gpu, models: Models |
     if teacher is not None and config.teacher is not None:
         products += _forward_flops(config, teacher) * samples + (2.0 * teacher.words * rows if heads else 0.0)
         if config.zero.teacher == 3:
-            size = 2 if config.teacher.dtype == "bf16" else 4
-            traffic["teacher's gathers"] = float(size * micro_batches * (teacher.elements + (teacher.words if heads else 0)))
+            kept = teacher.kept_in(config.teacher.dtype)
+            traffic["teacher's gathers"] = micro_batches * (kept.whole + (kept.words if heads else 0.0))
     traffic = {name: value * (world_size - 1) / world_size for name, value in traffic.items()}
 
     quantized = 0.0

@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from dqtrain import checkpoint, engine
+from dqtrain.bench import sharding
 from dqtrain.config import ActivationQuant, Attention, Contrast, Distill, Hidden, Logits, Quant, Train, WeightQuant, Zero
 from dqtrain.data.stream import IGNORED
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models import Inputs, LanguageModel, LayerMaps, all_layers, layer_map, meta_model, open_weights, readers_of
+from dqtrain.models import Inputs, LanguageModel, LayerMaps, all_layers, in_int8, layer_map, meta_model, open_weights, readers_of
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import quantize_model
 from dqtrain.schedule import seed_micro_batch
@@ -312,6 +313,38 @@ def live(world: World, folder: Path) -> None:
         found[layers] = teacher.live_elements
         assert held_whole(teacher.module) == []
     (folder / f"live-{world.rank}.json").write_text(json.dumps(found))
+
+
+def int8(world: World, folder: Path, files: str, name: str, stages: list[int]) -> None:
+    """Each family's model out of its files in FILES as a teacher in int8; -> what it says about a step, NAME-FAMILY-STAGE-RANK.safetensors, and its bytes here, .json."""
+    for path in sorted((folder / files).iterdir()):
+        for stage in stages:
+            model = meta_model(path)
+            engine.materialise(model, in_int8(model, open_weights(path, model)), torch.bfloat16, partitioned=stage == 3)
+            teacher = TeacherEngine(LanguageModel(model, states=True), TRAIN, Zero(teacher=stage), world)  # type: ignore[arg-type]
+            kept = {key: p.ds_tensor if stage == 3 else p.detach() for key, p in model.named_parameters()}  # type: ignore[attr-defined]
+            report: dict[str, Any] = {key: [str(tensor.dtype), tensor.nbytes] for key, tensor in kept.items()}
+            found = {}
+            for j, (inputs, _) in enumerate(micro_batches(0, "bart" if model.config.is_encoder_decoder else "gpt2")):
+                with torch.no_grad(), teacher.teaching(None, inputs) as taught:  # type: ignore[arg-type]
+                    found |= {f"{j}-{side}-{i}": state for side in ("decoder", "encoder") for i, state in enumerate(getattr(taught.outputs, side).states)}
+                    found |= {f"{j}-hidden": taught.outputs.hidden, f"{j}-logits": taught.head.logits(taught.outputs.hidden[inputs.is_target])}
+            dense = [key for key, module in model.named_modules() if set(module.__dict__) & set(module._parameters)]
+            report = {"kept": report, "whole": held_whole(model) if stage == 3 else [], "dense": dense, "live": teacher.live_elements}
+            save_file(found, folder / f"{name}-{path.name}-{stage}-{world.rank}.safetensors")
+            (folder / f"{name}-{path.name}-{stage}-{world.rank}.json").write_text(json.dumps(report))
+
+
+def int8_peak(world: World, folder: Path, files: str) -> None:
+    """How much memory each model of FILES takes while it is loaded; -> int8_peak-RANK.json, model -> (bytes of its partitions, peak)."""
+    found = {}
+    for path in sorted((folder / files).iterdir()):
+        model = meta_model(path)
+        barrier()
+        with sharding._peak(lambda: [os.getpid()]) as peak:
+            engine.materialise(model, in_int8(model, open_weights(path, model)), torch.bfloat16, partitioned=True)
+        found[path.name] = sum(p.ds_tensor.nbytes for p in model.parameters()), peak[0]  # type: ignore[attr-defined]
+    (folder / f"int8_peak-{world.rank}.json").write_text(json.dumps(found))
 
 
 def refusals(world: World, folder: Path) -> None:

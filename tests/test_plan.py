@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from dqtrain import engine, plan
+from dqtrain import engine, models, plan
 from dqtrain.bench import memory as bench
 from dqtrain.config import Quant, RunConfig, load_config, validate
 from dqtrain.distill import chunked
@@ -258,6 +258,12 @@ def test_bytes_between_two_steps_by_hand(tmp_path):
             assert rest(n, zero=zero) == pytest.approx(elements * (bytes_per_parameter(n) + 4 / n))
             assert rest(n, zero=zero | {"teacher": 0}) == pytest.approx(elements * (bytes_per_parameter(n) + 4))
             assert rest(n, zero=zero, teacher={"dtype": "bf16"}) == pytest.approx(elements * (bytes_per_parameter(n) + 2 / n))
+    # In int8: a byte for each of the 12 x 32 x 32 weights of a layer, two for the scale of each of its 9 x 32 outputs, and two for everything else.
+    coded, kept = 2 * 12 * 32 * 32, 2 * (12 * 32 * 32 + 2 * 9 * 32)
+    kept += 2 * (elements - coded)
+    for n, zero in ((4, 3), (4, 0)):
+        found = plan.memory_of(config_of(tmp_path, teacher, zero={"teacher": zero}, teacher={"dtype": "int8"}), n, device="cpu").moments["rest"]
+        assert found["teacher"] == kept / (n if zero == 3 else 1)
     bank = 97 * (4 * 32 + 1)
     assert rest(2, zero={"student": 1}, distill={"contrast": {}}) - rest(2, zero={"student": 1}) == pytest.approx(bank)
     host = plan.memory_of(config_of(tmp_path, teacher), 4).host_per_rank
@@ -276,6 +282,23 @@ def test_traffic_by_hand(tmp_path):
     assert traffic(student=2, teacher=0) == pytest.approx({"reductions": 2 * micro_batches * share * elements, "student's gathers": share * elements})
     gathers = {"reductions": micro_batches * share * elements, "student's gathers": micro_batches * share * elements}
     assert traffic(student=3, teacher=3) == pytest.approx(gathers | {"teacher's gathers": micro_batches * share * (elements + 97 * 32)})
+
+
+def test_bytes_of_a_teacher_in_int8_are_those_that_are_kept(tmp_path):
+    """Of every family whose files name tensors as the model does; and of Mixtral, whose experts transformers puts together."""
+    for name in ("gpt2", "opt", "llama", "qwen2", "mixtral", "bart", "t5"):
+        FAMILIES[name]().save_pretrained(tmp_path / name)
+        model = models.meta_model(tmp_path / name)
+        models.in_int8(model, models.readers_of(dict(model.named_parameters())))
+        kept = {key: p.numel() * (1 if p.dtype == torch.int8 else 2) for key, p in model.named_parameters()}
+        layers = blocks_of(model)
+        found = plan.read_model(tmp_path / name).kept_in("int8")
+        assert found.whole == sum(kept.values())
+        assert found.layer == max(sum(p.numel() * (1 if p.dtype == torch.int8 else 2) for p in block.parameters()) for block in layers)
+        assert found.dense == 2 * max(sum(p.numel() for p in module.parameters(recurse=False) if p.dtype == torch.int8) for module in model.modules())
+    config = config_of(tmp_path, tmp_path / "llama", zero={"teacher": 3}, teacher={"dtype": "int8"})
+    found = plan.read_model(tmp_path / "llama").kept_in("int8")
+    assert plan.cost_of(config, 1, 4, plan.GPUS["h100"]).traffic["teacher's gathers"] == (found.whole + 2 * 97 * 32) * 64 / 2 / 4 * 3 / 4
 
 
 def test_products_by_hand(tmp_path):

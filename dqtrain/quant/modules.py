@@ -146,6 +146,24 @@ def _value(weight: Tensor, quantizer: WeightQuantizer, scales: Scales, dtype: to
     return quantizer.value(weight, scales).to(dtype)
 
 
+class Int8Parameters(_Quantized):
+    """Mixin: the parent's own forward with what it keeps as int8 codes made dense for that one call, in the dtype of the scales."""
+
+    coded: tuple[str, ...]  # parameters of the module that are codes; the scales of KEY are KEY_scale
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's forward."""
+        try:
+            for key in self.coded:
+                codes, scale = self._parameters[key], self._parameters[f"{key}_scale"]
+                assert codes is not None and scale is not None
+                self.__dict__[key] = codes * scale  # found before the Parameter
+            return super().forward(*args, **kwargs)
+        finally:
+            for key in self.coded:
+                self.__dict__.pop(key, None)
+
+
 @functools.cache
 def _quantized(*bases: Any) -> type[nn.Module]:
     """The class of mixins over a module's own class, the last one."""
@@ -323,6 +341,32 @@ def quantize_model(model: nn.Module, config: Quant, initialise: bool = True) -> 
     if initialise:
         initialise_scales(model)
     return coverage
+
+
+def keep_in_int8(model: nn.Module) -> dict[str, int]:
+    """Let a frozen model on the meta device keep the matrices of its repeated blocks as int8 codes with bf16 scales, to be filled in by the caller; in place.
+
+    Those are the weights of Linear, Conv1D and experts; routers, and what is shared with a module outside of the blocks, stay float. Each NAME becomes
+    codes of the same shape and NAME_scale, of 1 along its inputs. Returns the axis of the outputs, of a matrix's two, by each name.
+    """
+    blocks = (block for parent in model.modules() if isinstance(parent, nn.ModuleList) for block in parent)
+    inside = {module for block in blocks for module in block.modules()}
+    axes = {}
+    for holders in _matrices(model):
+        axis = holders[0].row_axis
+        if any(holder.kind != "linears" or holder.module not in inside or holder.row_axis != axis for holder in holders):
+            continue
+        weight = holders[0].module._parameters[holders[0].key]
+        assert weight is not None
+        codes = nn.Parameter(torch.empty_like(weight, dtype=torch.int8), requires_grad=False)
+        scale = nn.Parameter(torch.empty_like(weight.detach().amax(-1 - axis, keepdim=True), dtype=torch.bfloat16), requires_grad=False)
+        for holder in holders:
+            _mix_in(holder.module, Int8Parameters)
+            holder.module.coded = (*holder.module.__dict__.get("coded", ()), holder.key)  # type: ignore[assignment]
+            holder.module.register_parameter(holder.key, codes)
+            holder.module.register_parameter(f"{holder.key}_scale", scale)
+            axes[holder.name] = axis
+    return axes
 
 
 def _matrices(model: nn.Module) -> list[list[_Holder]]:

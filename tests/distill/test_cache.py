@@ -314,12 +314,14 @@ def test_the_folder_is_named_after_everything_that_decides_its_content(text, tmp
     FAMILIES["gpt2"](vocab_size=300).save_pretrained(tmp_path / "model")
     weights, layout = tmp_path / "model/model.safetensors", {"tokens_per_sample": 16, "decoder_start_token_id": None}
 
-    def name(source="sampled", shards=text, draws=50, layout=layout, seed=1, precision="fp32"):
-        return cache_folder(shards, settings_of(source, draws), tmp_path / "model", layout, seed, precision)
+    def name(source="sampled", shards=text, draws=50, layout=layout, seed=1, precision="fp32", dtype="fp32"):
+        settings = settings_of(source, draws).model_copy(update={"dtype": dtype})
+        return cache_folder(shards, settings, tmp_path / "model", layout, seed, precision)
 
     first = name()
     assert first.parent == text and first.name.startswith("teacher-sampled-") and name() == first
     changed = [name(draws=51), name(layout={**layout, "tokens_per_sample": 17}), name(seed=2), name(precision="bf16"), name("hidden"), name("top_k")]
+    changed += [name(dtype=dtype) for dtype in ("bf16", "int8")]
     for path, place in ((weights, -1), (tmp_path / "model/config.json", 0), (text / "index.json", None)):
         kept = path.read_bytes()
         if place is None:
@@ -333,7 +335,7 @@ def test_the_folder_is_named_after_everything_that_decides_its_content(text, tmp
     index["shards"][0]["checksum"] = "0" * 16
     (other / "index.json").write_text(json.dumps(index))
     changed.append(text / name(shards=other).name)
-    assert len({first, *changed}) == 1 + len(changed) == 11
+    assert len({first, *changed}) == 1 + len(changed) == 13
     assert name("hidden", seed=2, draws=3) == name("hidden") and name("top_k", seed=2) == name("top_k")
     (tmp_path / "model/README.md").write_text("nothing that decides")
     assert name() == first
