@@ -46,9 +46,9 @@ def run_rank(config: RunConfig, job: Literal["train", "cache-teacher"] = "train"
             for module in (trainer.student.model, trainer.student.model.model):
                 module.register_forward_hook(watchdog.beat)
             trainer.train()
-            tested = trainer.test()
+            folder, tested = trainer.test()
             watchdog.stop()  # rank 0 alone exports, while the others wait
-            trainer.finish(tested)
+            trainer.finish(folder, tested)
     except (UserError, Stopped) as error:
         code, message = error.exit_code, str(error)
     except OSError as error:

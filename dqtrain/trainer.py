@@ -5,6 +5,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class Trainer:
     saver: checkpoint.Saver = field(init=False)
 
     def __post_init__(self) -> None:
-        keep = self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
-        self.saver = checkpoint.Saver(self.run.checkpoints, self.world, *keep, partial(self.run.event, "checkpoint"))
+        keep = self.config.checkpoint
+        self.saver = checkpoint.Saver(self.run.checkpoints, self.world, keep.keep_last, keep.keep_every, partial(self.run.event, "checkpoint"))
 
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
@@ -176,8 +177,8 @@ class Trainer:
         if self.world.rank == 0:
             self.run.event("start" if folder is None else "resume", step=self.step, ranks=self.world.world_size)
 
-    def test(self) -> dict[str, Any]:
-        """Score the chosen checkpoint on the test split: its step, and the scores if there is one. Collective."""
+    def test(self) -> tuple[Path, dict[str, Any]]:
+        """The chosen checkpoint, its step and its scores on the test split, if there is one. Collective."""
         self.saver.close()
         stop_at_once()  # all is saved
         step = self.best["step"] if self.config.export.checkpoint == "best" and self.best else self.config.train.steps
@@ -185,16 +186,14 @@ class Trainer:
         if step != self.step:
             checkpoint.load(folder, self.student)
         self.student.mode(training=False)
-        scores = self.evaluation.final(self.student.model, self.run.predictions, self.metrics.phase)
-        return {"step": step, "test": scores}
+        return folder, {"step": step, "test": self.evaluation.final(self.student.model, self.run.predictions, self.metrics.phase)}
 
-    def finish(self, tested: dict[str, Any]) -> None:
+    def finish(self, folder: Path, tested: dict[str, Any]) -> None:
         """Export, verify, and only then mark the run finished with result.json; what trained is gone then. Collective."""
         self.metrics.say("exporting and verifying")
         self.student.destroy()  # on every rank: what they hold would not fit beside the model that rank 0 exports
         if self.teacher is not None:
             self.teacher.destroy()
         if self.world.rank == 0:
-            result = tested | {"export": export(self.run, checkpoint.at_step(self.run.checkpoints, tested["step"]))}
-            write_text(self.run.result, json.dumps(result, indent=1))
+            write_text(self.run.result, json.dumps(tested | {"export": export(self.run, folder)}, indent=1))
         barrier()
