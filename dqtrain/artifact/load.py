@@ -15,7 +15,7 @@ from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.generation import generate as write
 from dqtrain.models import empty_model, load_model
-from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model
+from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model, round_matrices
 from dqtrain.rundir import RunDir
 from dqtrain.world import World
 
@@ -33,7 +33,7 @@ def load_artifact(path: Path | str) -> PreTrainedModel:
     quantize_activations(model, Coverage.from_json(json.dumps(about["coverage"])), activations)
     for name in stored.keys() & model.state_dict().keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys():
         # A tied head that was trained to read the table before rounding has a tensor of its own.
-        model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(torch.empty_like(stored[name]))
+        model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(torch.empty(stored[name].shape))
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in stored:
@@ -54,10 +54,13 @@ def chosen_checkpoint(run: RunDir) -> Path:
 
 def trained_model(run: RunDir, folder: Path) -> PreTrainedModel:
     """The student of a run with the weights and scales of one of its checkpoints, fake-quantized as in training, in eval mode."""
-    quant = run.load_config().quant
+    config = run.load_config()
     model = empty_model(run.student)
-    if quant is not None:
-        quantize_model(model, quant, initialise=False)
+    rounded = config.train.precision == "bf16_weights"
+    if config.quant is not None:
+        quantize_model(model, config.quant, initialise=False, rounded=rounded)
+    elif rounded:
+        round_matrices(model)
     left_over = checkpoint.fill(model, folder)
     if left_over:
         raise CheckpointError(f"{folder}: holds {', '.join(sorted(left_over)[:3])}, which the student of {run.config} does not have. Restore that file.")
