@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ from dqtrain.models import (
     weight_files,
 )
 from dqtrain.quant.activation import calibrated
-from dqtrain.quant.modules import Coverage, initial_scales, is_learned_scale, quantize_model, quantized_parameters
+from dqtrain.quant.modules import Coverage, initial_scales, is_learned_scale, quantize_model, quantized_parameters, round_matrices
 from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.trainer import Trainer
 from dqtrain.world import World, broadcast_object, gather_objects, on_rank_0
@@ -80,7 +81,7 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     offloaded = "cpu" if config.zero.offload_parameters == "cpu" else None
     materialise(student, weights | readers_of(learned_later), partitioned=config.zero.student == 3, device=offloaded)
     del weights  # they may hold a whole model in memory
-    language_model = LanguageModel(student, config.train.precision, **needed_outputs(config.distill))
+    language_model = LanguageModel(student, config.train.computes_in, **needed_outputs(config.distill))
     teacher: TeacherEngine | CachedTeacher | None = None
     beta, weight = None, 1.0
     if config.teacher is not None and config.distill.teacher_terms:
@@ -122,7 +123,7 @@ def writing_of(config: RunConfig, tokenizer: Any, world: World, synced: bool) ->
     if settings is None or data.pairs is None:
         return None
     corpora = {split: source for split, source in (("validation", data.validation), ("test", data.test)) if source is not None}
-    return Writing(tokenizer, corpora, data.pairs, settings, config.train.micro_batch, config.train.precision, world, synced)
+    return Writing(tokenizer, corpora, data.pairs, settings, config.train.micro_batch, config.train.computes_in, world, synced)
 
 
 def _check_same_teacher(folder: Path, run: RunDir, world: World) -> None:
@@ -154,7 +155,7 @@ def _online_teacher(config: RunConfig, world: World) -> TeacherEngine:
         weights = in_int8(model, weights)
     dtype = torch.float32 if config.teacher.dtype == "fp32" else torch.bfloat16
     materialise(model, weights, dtype, partitioned=config.zero.teacher == 3)
-    module = LanguageModel(model, config.train.precision, **needed_outputs(config.distill))
+    module = LanguageModel(model, config.train.computes_in, **needed_outputs(config.distill))
     return TeacherEngine(module, config.train, config.zero, world, config.teacher.live_layers)
 
 
@@ -163,7 +164,7 @@ def _cache_folder(config: RunConfig, shards: Path, model: PretrainedConfig) -> P
     assert config.teacher is not None
     start = model.decoder_start_token_id if model.is_encoder_decoder else None
     layout = {"tokens_per_sample": config.data.tokens_per_sample, "decoder_start_token_id": start}
-    return cache_folder(shards, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.precision)
+    return cache_folder(shards, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.computes_in)
 
 
 def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
@@ -178,7 +179,7 @@ def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
     check_vocabulary(student, stream.vocab_size, str(path), tokenizer)
     check_same_tokenizer(tokenizer, path)
     folder = broadcast_object(_cache_folder(config, shards["train"], student) if world.rank == 0 else Path())
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.train.computes_in == "bf16" else torch.float32
     progress = metrics.phase("storing the teacher's words")
     teacher = _online_teacher(config, world)
     about = write_cache(folder, config.teacher, teacher, stream, config.train.micro_batch, config.run.seed, dtype, world, progress)
@@ -330,9 +331,12 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: 
         weights = {name: weights[before] for name, before in names.items()}
     if config.teacher is not None:
         maps = _teacher_layers(config, model, maps, everything)
+    rounded = config.train.precision == "bf16_weights"
     if config.quant is None:
+        if rounded:
+            round_matrices(model)
         return Student(model, None, maps, weights)
-    coverage = quantize_model(model, config.quant, initialise=False)
+    coverage = quantize_model(model, config.quant, initialise=False, rounded=rounded)
     head = model.get_output_embeddings()
     is_own = getattr(head, "weight_quantizers", None) and head.weight is not model.get_input_embeddings().weight
     if is_own and not config.distill.task and "logits" not in config.distill.teacher_terms:
@@ -343,7 +347,9 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: 
     known: set[str] = set()
     if learned:
         assert source is not None
-        before = {row.name: row for row in Coverage.from_json(RunDir(source).coverage.read_text()).rows}
+        # A scale means the same whether the weight is rounded to bf16 first or not.
+        rows = Coverage.from_json(RunDir(source).coverage.read_text()).rows
+        before = {row.name: replace(row, quantizer=row.quantizer and replace(row.quantizer, rounded=rounded)) for row in rows}
         # The scales of another grid would mean something else here, so those start anew.
         known = {name for row in coverage.rows if before[row.name] == row for name in row.learned_names}
         if all(before[row.name].input_quantizer == row.input_quantizer for row in coverage.rows):

@@ -143,12 +143,18 @@ class Train(Block):
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0: no clipping."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision (bf16: autocast); weights, scales, losses and optimizer stay fp32."""
+    precision: Literal["fp32", "bf16", "bf16_weights"] = "fp32"
+    """Compute precision (bf16: autocast); weights, scales, losses, reductions and optimizer stay fp32. bf16_weights: as bf16, and every matrix is rounded to bf16
+    before it is quantized or multiplied, so that stage 3 gathers 2 bytes of each element, not 4; the artifact is made of the rounded ones."""
     activation_checkpointing: bool = False
     """Keep the inputs of the student's layers alone for backward, and compute the rest again: less memory, a third more time."""
     max_skipped_steps: int = Field(0, ge=0)
     """Steps whose loss or gradient is not finite that are skipped, over the whole run; one more stops it, saved, with the batch that did it in `exits/`."""
+
+    @property
+    def computes_in(self) -> Literal["fp32", "bf16"]:
+        """What products are computed in, of the teacher too."""
+        return "fp32" if self.precision == "fp32" else "bf16"
 
     @model_validator(mode="after")
     def _check(self) -> "Train":

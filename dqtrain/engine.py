@@ -25,7 +25,8 @@ from dqtrain.distill.objective import Objective
 from dqtrain.errors import ConfigError
 from dqtrain.models import Inputs, LanguageModel, Outputs, Reader, Taught
 from dqtrain.quant.diagnose import effective_rank, mean_cosine, weight_statistics
-from dqtrain.quant.modules import has_unit_of_weights, is_learned_scale, quantized_parameters
+from dqtrain.quant.grid import round_to_bf16
+from dqtrain.quant.modules import has_unit_of_weights, is_learned_scale, quantized_parameters, read_in_bf16
 from dqtrain.quant.pack import pack, unpack
 from dqtrain.world import World, gather_objects
 
@@ -171,6 +172,19 @@ def _assert_started_as_asked(engine: Any, asked: dict[str, Any], name: str) -> N
         raise ConfigError(f"the {name}'s DeepSpeed engine did not start as asked: {'; '.join(wrong)}. Use the DeepSpeed version of constraints.txt.")
 
 
+def _gather_in_bf16(parameters: Iterable[Any]) -> None:
+    """Have ZeRO-3 gather these as bf16; they arrive rounded, in fp32. Partitions and the reduction of gradients stay fp32. Raises ConfigError if it would not."""
+    dtype_of = getattr(sys.modules["deepspeed.runtime.zero.partition_parameters"], "get_allgather_dtype", None)
+    for parameter in parameters:
+        # What DeepSpeed's torch_autocast marks its own linears with; gradients would follow it too if that were on.
+        parameter.comm_dtype = torch.bfloat16
+        if dtype_of is None or dtype_of(parameter, parameter.ds_tensor) != torch.bfloat16:
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} has no get_allgather_dtype that reads comm_dtype, so that it would not gather in bf16; "
+                "install the version in constraints.txt, or set train.precision to bf16."
+            )
+
+
 class TeacherEngine:
     """A frozen model without optimizer; whole, or under ZeRO-3 gathered `live_layers` at a time."""
 
@@ -234,12 +248,14 @@ WATCHED_FORWARDS = 3
 @torch.no_grad()
 def _words(model: Any) -> dict[str, float]:
     """Mean cosine and effective rank of a model's word embeddings, quantized ones if they are; known to rank 0, the others have none. Collective."""
-    weight = model.get_input_embeddings()._parameters["weight"]
+    module = model.get_input_embeddings()
+    weight = module._parameters["weight"]
     quantized = next((parameter for parameter in quantized_parameters(model) if parameter.weight is weight), None)
     with gather((weight, *(quantized.learned if quantized else ())), read_only=True):
         if torch.distributed.get_rank() != 0:
             return {}
-        table = quantized.quantizer.value(weight, quantized.scales()) if quantized else weight
+        plain = round_to_bf16(weight) if "weight" in module.__dict__.get("rounded", ()) else weight
+        table = quantized.quantizer.value(weight, quantized.scales()) if quantized else plain
         return {"word_cosine": mean_cosine(table), "word_rank": effective_rank(table)}
 
 
@@ -293,6 +309,7 @@ class StudentEngine:
             for gathered, updated in zip(self._optimizer.fp16_partitioned_groups_flat, self._optimizer.fp32_partitioned_groups_flat, strict=True):
                 if (gathered.dtype, gathered.device) == (updated.dtype, updated.device):
                     updated.data = gathered.data
+            _gather_in_bf16(parameter for parameter in read_in_bf16(module) if len(_shape(parameter)) >= 2)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the module. Collective under ZeRO-3."""

@@ -12,7 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -94,6 +94,7 @@ class Source:
     nonzero_buffers: Collection[str] = ()
     tokenizer: Path = Path()
     quant: Quant | None = None  # how a finished run was quantized
+    rounded: bool = False  # whether it rounded its matrices to bf16 first
     learned: dict[str, Tensor] = field(default_factory=dict)  # what its quantizers have learned, by name
 
 
@@ -111,7 +112,8 @@ def open_model(path: Path) -> Source:
         folder = chosen_checkpoint(run)
         model = empty_model(run.student)
         learned = checkpoint.fill(model, folder)
-        return _loaded(str(path), model, run.student, run.load_config().quant, learned)
+        trained = run.load_config()
+        return replace(_loaded(str(path), model, run.student), quant=trained.quant, rounded=trained.train.precision == "bf16_weights", learned=learned)
     if (path / "artifact.json").is_file():
         raise ConfigError(f"{path}: is a packed artifact, whose weights are codes already. Name the run that it came from, or a float model.")
     config = _read_config(path)
@@ -192,10 +194,10 @@ def _stream(folder: Path, model: PreTrainedModel) -> tuple[Callable[[str], Tenso
     return lambda name: files[keys[name]].get_tensor(keys[name]), nonzero
 
 
-def _loaded(name: str, model: PreTrainedModel, tokenizer: Path, quant: Quant | None = None, learned: dict[str, Tensor] | None = None) -> Source:
+def _loaded(name: str, model: PreTrainedModel, tokenizer: Path) -> Source:
     state = model.state_dict()
     nonzero = [name for name, buffer in model.named_buffers() if name in state and buffer.any()]
-    return Source(name, _on_meta(model), dict(model.named_parameters()).__getitem__, nonzero, tokenizer, quant, learned or {})
+    return Source(name, _on_meta(model), dict(model.named_parameters()).__getitem__, nonzero, tokenizer)
 
 
 def _on_meta(model: PreTrainedModel) -> PreTrainedModel:
@@ -215,12 +217,12 @@ class Column:
     floats: FloatPart
 
 
-def columns_of(source: Source, quants: dict[str, Quant]) -> list[Column]:
-    """Quantize the model's modules, without values, in each way. Raises ConfigError."""
+def columns_of(source: Source, quants: dict[str, Quant], rounded: bool = False) -> list[Column]:
+    """Quantize the model's modules, without values, in each way, their matrices `rounded` to bf16 first or not. Raises ConfigError."""
     columns = []
     for label, quant in quants.items():
         model = _on_meta(source.model)
-        coverage = quantize_model(model, quant, initialise=False)
+        coverage = quantize_model(model, quant, initialise=False, rounded=rounded)
         columns.append(Column(label, quant, coverage, float_part(model, source.nonzero_buffers)))
     return columns
 
@@ -439,11 +441,12 @@ def inspect(
     """Print what the quantization of `--quant`, `--config`, or of the run itself does to a model; the exit code. Raises ConfigError."""
     quants = choose(text, config, grids, group_size)
     source = open_model(path)
+    rounded = config is not None and text is None and load_config(config).train.precision == "bf16_weights"
     if not quants:
         if source.quant is None:
             raise ConfigError(f"{path} is a float model, and nothing says how to quantize it; give --quant, such as --quant 2-2-8, or --config FILE.yaml.")
-        quants = {"trained": source.quant}
-    columns = columns_of(source, quants)
+        quants, rounded = {"trained": source.quant}, source.rounded
+    columns = columns_of(source, quants, rounded)
     if as_json:
         print(json.dumps(_finite(dict(_figures(source, columns)))))
         return 0

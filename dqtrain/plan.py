@@ -208,6 +208,11 @@ class Model:
         """Parameters, tied ones once."""
         return sum(map(math.prod, self.tensors.values()))
 
+    @cached_property
+    def matrices(self) -> int:
+        """Elements of the parameters of two dimensions or more."""
+        return sum(math.prod(shape) for shape in self.tensors.values() if len(shape) >= 2)
+
     @property
     def vocabulary(self) -> int:
         """Word embeddings."""
@@ -546,7 +551,7 @@ def kept_by_layer(stack: Stack, config: RunConfig, tokens: int, sources: int, ma
     Norms read and keep fp32; products keep what they multiply in the compute dtype, and where autocast makes that, a copy for each product. Fused
     attention keeps its operands and its output. What a quantizer gives takes the place of what it read, so that quantizing keeps no more.
     """
-    number = 2 if config.train.precision == "bf16" else 4
+    number = 2 if config.train.computes_in == "bf16" else 4
     width, query, key = stack.width, stack.heads * stack.head_dim, stack.key_heads * stack.head_dim
     fused = stack.fused and not _is_eager(config)
     norm = (8 if stack.rms else 4) * width
@@ -592,7 +597,7 @@ def memory_of(config: RunConfig, world_size: int, device: str = "gpu", models: M
     models = models or read_models(config)
     student, teacher, stage = models.student, models.teacher, config.zero.student
     on_cpu, samples = device == "cpu", config.train.micro_batch
-    number = 2 if config.train.precision == "bf16" else 4
+    number = 2 if config.train.computes_in == "bf16" else 4
     parameters = student.elements + models.scales
     whole, part, words = 4.0 * parameters, 4.0 * parameters / world_size, 4.0 * student.words
     largest = 4.0 * student.largest_tensor
@@ -688,7 +693,7 @@ def _activations(config: RunConfig, student: Model, samples: int, on_cpu: bool) 
     tokens, sources = _lengths(config, student)
     mask_bytes = 4 if on_cpu else 1
     # Autocast's copies of weights are kept too, but those of quantized weights are made again.
-    copied = 2 if config.train.precision == "bf16" and (config.quant is None or config.quant.linears is None) else 0
+    copied = 2 if config.train.computes_in == "bf16" and (config.quant is None or config.quant.linears is None) else 0
     total = 0.0
     for stack, length in zip(student.stacks, (tokens, sources), strict=False):
         kept = samples * kept_by_layer(stack, config, length, sources, mask_bytes) + copied * stack.matrices / stack.layers
@@ -748,7 +753,8 @@ def cost_of(config: RunConfig, nodes: int, gpus: int, gpu: Gpu, models: Models |
     # Stages 1 and 2 reduce buckets by an all-reduce, which brings every element twice; stage 3 scatters.
     traffic = {"reductions": whole * {1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage]}
     if stage == 3:
-        traffic["student's gathers"] = micro_batches * (whole + 4.0 * max(0, parameters - _live(config, student)))
+        saved = 2.0 * student.matrices if config.train.precision == "bf16_weights" else 0.0
+        traffic["student's gathers"] = micro_batches * (whole - saved) * (1 + max(0, parameters - _live(config, student)) / parameters)
     else:
         traffic["student's gathers"] = whole
     if teacher is not None and config.teacher is not None:
@@ -770,7 +776,7 @@ def cost_of(config: RunConfig, nodes: int, gpus: int, gpu: Gpu, models: Models |
     total = sum(traffic.values())
     across = total * (nodes - 1) / nodes / gpus if nodes > 1 else 0.0  # what a node lacks comes once, through all of its adapters
     seconds = {
-        "products": products / (getattr(gpu, config.train.precision) * ATTAINED[config.train.precision]),
+        "products": products / (getattr(gpu, config.train.computes_in) * ATTAINED[config.train.computes_in]),
         "GPU memory": passed / bandwidth,
         "optimizer": 14 * whole / world_size / (bandwidth if config.zero.offload_optimizer == "none" else 30e9),
         "links": max(total / (gpu.nvlink * ATTAINED["nvlink"]), across / (gpu.network * ATTAINED["network"])),

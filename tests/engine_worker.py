@@ -14,6 +14,8 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 
 from dqtrain import checkpoint, engine
 from dqtrain.bench import sharding
-from dqtrain.config import ActivationQuant, Attention, Contrast, Distill, Hidden, Logits, Quant, Train, WeightQuant, Zero
+from dqtrain.config import ActivationQuant, Attention, Contrast, Distill, Hidden, Logits, Override, Quant, Train, WeightQuant, Zero
 from dqtrain.data.stream import IGNORED
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import StudentEngine, TeacherEngine
@@ -55,11 +57,14 @@ LAYERS = Distill(
 TRAIN = Train(steps=3, global_batch=8, micro_batch=2, lr=1e-2, scale_lr=5e-2, weight_decay=0.1, adam_eps=1e-2, grad_clip=0.5)
 
 
-def micro_batches(step: int, family: str = "gpt2") -> list[tuple[Inputs, Tensor]]:
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+
+
+def micro_batches(step: int, family: str = "gpt2", num_targets: Sequence[int] | None = None) -> list[tuple[Inputs, Tensor]]:
     """(inputs, labels) of the step's micro-batches, over all ranks."""
     draw = torch.Generator().manual_seed(step)
     batches = []
-    for count in NUM_TARGETS[step]:
+    for count in NUM_TARGETS[step] if num_targets is None else num_targets:
         ids = torch.randint(VOCAB, (SAMPLES, TOKENS), generator=draw)
         labels = torch.full((SAMPLES * TOKENS,), IGNORED)
         labels[torch.randperm(len(labels), generator=draw)[:count]] = torch.randint(VOCAB, (count,), generator=draw)
@@ -69,7 +74,7 @@ def micro_batches(step: int, family: str = "gpt2") -> list[tuple[Inputs, Tensor]
     return batches
 
 
-def float_model(seed: int, family: str = "gpt2", **changes: int) -> PreTrainedModel:
+def float_model(seed: int, family: str = "gpt2", **changes: Any) -> PreTrainedModel:
     """GPT-2, BART or T5; of encoder-decoder models the teacher's is of 3 + 3 layers."""
     torch.manual_seed(seed)
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 2}
@@ -84,12 +89,16 @@ def float_model(seed: int, family: str = "gpt2", **changes: int) -> PreTrainedMo
     return GPT2LMHeadModel(GPT2Config(**{**keys, **changes}))
 
 
+def computes_in(precision: str) -> str:
+    return TRAIN.model_copy(update={"precision": precision}).computes_in
+
+
 def settings_of(family: str) -> Distill:
     return DISTILL if family == "gpt2" else LAYERS
 
 
 def teacher_module(precision: str = "fp32", family: str = "gpt2") -> LanguageModel:
-    return LanguageModel(float_model(1, family), precision, **needed_outputs(settings_of(family))).eval()
+    return LanguageModel(float_model(1, family), computes_in(precision), **needed_outputs(settings_of(family))).eval()
 
 
 def settings(grid: str) -> Quant:
@@ -102,6 +111,10 @@ def settings(grid: str) -> Quant:
 
 MAPS = LayerMaps(layer_map(1, 3, ""), layer_map(2, 3, ""))
 SETTINGS = {grid: settings(grid) for grid in ("dynamic", "lsq", "affine")}
+# Matrices that stay float among those that do not.
+SETTINGS["partly"] = SETTINGS["dynamic"].model_copy(
+    update={"positions": None, "overrides": (Override(match="transformer.h.1.mlp.c_fc.weight", keep_float=True),)}
+)
 
 
 def student_model(
@@ -111,14 +124,15 @@ def student_model(
     grid: str = "dynamic",
     checkpointing: bool = False,
     family: str = "gpt2",
-    **changes: int,
+    rounded: bool = False,
+    **changes: Any,
 ) -> PreTrainedModel:
     """2-2-8, or 2-2-float; scales of one element (linears) and of one per row (embeddings). Other grids: 4-4-8, in groups. Encoder-decoders: 2 + 1 layers."""
     model = float_model(seed, family, **changes)
     if family != "gpt2":
         model = cut_copy(model, MAPS)
     inputs = ActivationQuant(bits=8, scale=scale, attention=True) if activations else None  # type: ignore[arg-type]
-    quantize_model(model, SETTINGS[grid].model_copy(update={"activations": inputs}))
+    quantize_model(model, SETTINGS[grid].model_copy(update={"activations": inputs}), rounded=rounded)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     calibrate(model, lambda: model(micro_batches(0)[0][0].ids))
@@ -138,10 +152,10 @@ def in_partitions(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def student_module(seed: int = 2, precision: str = "fp32", family: str = "gpt2", slices: bool = False, **student: Any) -> Objective:
-    model, distill = student_model(seed, family=family, **student), settings_of(family)
+    model, distill = student_model(seed, family=family, rounded=precision == "bf16_weights", **student), settings_of(family)
     if slices:
         model = in_partitions(model)
-    return Objective(LanguageModel(model, precision, **needed_outputs(distill)), distill, MAPS if family != "gpt2" else all_layers(model.config))
+    return Objective(LanguageModel(model, computes_in(precision), **needed_outputs(distill)), distill, MAPS if family != "gpt2" else all_layers(model.config))
 
 
 def state_of(objective: Objective) -> dict[str, Tensor]:
@@ -185,24 +199,31 @@ class Trained:
 
     def train(self, *steps: int) -> None:
         for step in steps:
-            self.student.mode(training=True)
-            batches = micro_batches(step, self.family)
-            sums = {name: torch.zeros(1) for name in ("total", "task", *settings_of(self.family).teacher_terms)}
-            for j in range(self.world.rank, len(batches), self.world.world_size):
-                inputs, labels = batches[j]
-                seed_micro_batch(1, step, j)  # the order in which negatives are drawn is the order of a sum
-                with self.teacher.teaching(None, inputs) as taught:  # type: ignore[arg-type]
-                    loss = self.student(inputs, labels, taught)
-                if self.zero.teacher == 3:
-                    self.whole["teacher"].update(held_whole(self.taught))
-                if self.stage == 3:
-                    self.whole["student"].update(held_whole(self.student.module))
-                    self.whole["left behind"].update(name for name, module in self.student.module.named_modules() if "weight" in module.__dict__)
-                self.student.backward(loss.total * self.world.world_size / sum(NUM_TARGETS[step]))
-                for name, value in {"total": loss.total.detach(), **loss.parts}.items():
-                    sums[name] += value / sum(NUM_TARGETS[step])
-            norm = self.student.step(FACTORS[step])
-            self.terms.append({"gradient_norm": norm, **{name: float(sum_over_ranks(value)) for name, value in sums.items()}})
+            self.one_step(step, micro_batches(step, self.family), FACTORS[step], range(len(NUM_TARGETS[step])))
+
+    def one_step(self, step: int, batches: list[tuple[Inputs, Tensor]], factor: float, order: Sequence[int]) -> None:
+        """A step of micro-batches in an order, in which ranks take turns; one that has none left takes one without targets."""
+        self.student.mode(training=True)
+        num_targets = sum(int((labels != IGNORED).sum()) for _, labels in batches)
+        sums = {name: torch.zeros(1, dtype=torch.float64) for name in ("total", "task", *settings_of(self.family).teacher_terms)}
+        for place in range(self.world.rank, len(batches) + -len(batches) % self.world.world_size, self.world.world_size):
+            j = order[place] if place < len(batches) else 0
+            inputs, labels = batches[j]
+            if place >= len(batches):
+                inputs, labels = inputs._replace(is_target=torch.zeros_like(inputs.is_target)), torch.full_like(labels, IGNORED)
+            seed_micro_batch(1, step, j)  # the order in which negatives are drawn is the order of a sum
+            with self.teacher.teaching(None, inputs) as taught:  # type: ignore[arg-type]
+                loss = self.student(inputs, labels, taught)
+            if self.zero.teacher == 3:
+                self.whole["teacher"].update(held_whole(self.taught))
+            if self.stage == 3:
+                self.whole["student"].update(held_whole(self.student.module))
+                self.whole["left behind"].update(name for name, module in self.student.module.named_modules() if "weight" in module.__dict__)
+            self.student.backward(loss.total * self.world.world_size / num_targets)
+            for name, value in {"total": loss.total.detach(), **loss.parts}.items():
+                sums[name] += value.double() / num_targets
+        norm = self.student.step(factor)
+        self.terms.append({"gradient_norm": norm, **{name: float(sum_over_ranks(value)) for name, value in sums.items()}})
 
     def spoil(self) -> None:
         """A step whose loss is NaN on the last rank alone."""
@@ -276,6 +297,52 @@ def destroy(world: World, folder: Path) -> None:
         del run
         found[str(stage)] = [before, during, bytes_of_tensors()]
     (folder / f"destroy-{world.rank}.json").write_text(json.dumps(found))
+
+
+# Without decay of the mean its first gradient is AdamW's first moment, bit for bit.
+FIRST_GRADIENT = {"adam_betas": (0.0, 0.999), "grad_clip": 0.0}
+TASK_AND_LOGITS = Distill(task=0.5, logits=Logits())
+
+
+def gradients(
+    world: World, folder: Path, name: str, stage: int, precision: str, threshold: int = 0, offload: bool = False, live: int | None = None, **student: Any
+) -> None:
+    """One step from task and logits; -> NAME-RANK.safetensors, the gradient of each element that this rank owns, as PARAMETER|START; NAME-RANK.json, what was gathered."""
+    train = TRAIN.model_copy(update={"precision": precision, **FIRST_GRADIENT})
+    zero = Zero(student=stage, teacher=0, persistence_threshold=threshold, live_layers=live)  # type: ignore[arg-type]
+    if offload:
+        zero = zero.model_copy(update={"offload_optimizer": "cpu", "offload_parameters": "cpu" if stage == 3 else "none"})
+    model = student_model(grid="partly", rounded=train.precision == "bf16_weights", **student)
+    teacher = TeacherEngine(teacher_module(precision), train, zero, world)
+    objective = Objective(LanguageModel(model, train.computes_in, **needed_outputs(TASK_AND_LOGITS)), TASK_AND_LOGITS, all_layers(model.config))
+    engine_ = StudentEngine(objective, train, zero, world)
+    engine_.mode(training=True)
+    with gathered_elements() as elements:
+        for inputs, labels in micro_batches(0)[world.rank :: world.world_size]:
+            with teacher.teaching(None, inputs) as taught:  # type: ignore[arg-type]
+                loss = engine_(inputs, labels, taught)
+            engine_.backward(loss.total * world.world_size / sum(NUM_TARGETS[0]))
+    engine_.step(1.0)
+    found = {f"{fragment.name}|{fragment.start}": fragment.tensors["exp_avg"].clone() for fragment in engine_.fragments()}
+    save_file(found, folder / f"{name}-{world.rank}.safetensors")
+    (folder / f"{name}-{world.rank}.json").write_text(json.dumps(elements))
+    engine_.destroy()
+
+
+@contextmanager
+def gathered_elements() -> Iterator[dict[str, int]]:
+    """Dtype -> elements that ZeRO-3 hands to all-gathers within it, on this rank."""
+    usual, found = engine.deepspeed.comm.allgather_fn, {}
+
+    def count(output: Tensor, mine: Tensor, *arguments: Any, **more: Any) -> Any:
+        found[str(mine.dtype)] = found.get(str(mine.dtype), 0) + mine.numel()
+        return usual(output, mine, *arguments, **more)
+
+    engine.deepspeed.comm.allgather_fn = count
+    try:
+        yield found
+    finally:
+        engine.deepspeed.comm.allgather_fn = usual
 
 
 def release(world: World, folder: Path, name: str) -> None:
@@ -374,6 +441,12 @@ def refusals(world: World, folder: Path) -> None:
         engine.PRIVATE_NAMES[stage] = (*names, "a_name_that_moved")
         refused(f"private name at stage {stage}", StudentEngine, student_module(), TRAIN, Zero(student=stage), world)  # type: ignore[arg-type]
         engine.PRIVATE_NAMES[stage] = names
+    partitions = sys.modules["deepspeed.runtime.zero.partition_parameters"]
+    usual = partitions.get_allgather_dtype
+    for how, dtype_of in (("moved", None), ("means something else", lambda parameter, partition: partition.dtype)):
+        partitions.get_allgather_dtype = dtype_of
+        refused(f"the dtype of gathers {how}", StudentEngine, student_module(precision="bf16_weights"), TRAIN, Zero(student=3), world)
+    partitions.get_allgather_dtype = usual
     if world.rank == 0:
         (folder / "refusals.json").write_text(json.dumps(found))
 
@@ -414,6 +487,24 @@ def load_at(world: World, folder: Path, source: str, name: str, step: int = 2, t
     if then:
         run.train(*then)
         run.save(folder / name, then[-1] + 1)
+    run.student.destroy()
+
+
+ELASTIC_STEPS = 25
+"""Steps of `elastic`, whose checkpoint is that of step 5."""
+
+
+def elastic(world: World, folder: Path, name: str, source: str | None = None, order: Sequence[int] = range(6), **how: Any) -> None:
+    """Steps of six micro-batches with dropout, from the start or from step 5 of SOURCE; -> checkpoint NAME of step 5, NAME.json: step -> loss."""
+    run = Trained(world, seed=2 if source is None else 5, **how, **DROPOUT)
+    if source is not None:
+        checkpoint.load(folder / source / "step-000000005", run.student)
+    for step in range(0 if source is None else 5, ELASTIC_STEPS):
+        if step == 5 and source is None:
+            run.save(folder / name, step)
+        run.one_step(step, micro_batches(step, num_targets=[24, (step * 5) % 25, 7, 0, 19, (step * 11) % 25]), 1.0, order)
+    if world.rank == 0:
+        (folder / f"{name}.json").write_text(json.dumps([terms["total"] for terms in run.terms]))
     run.student.destroy()
 
 

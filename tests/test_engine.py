@@ -1,8 +1,10 @@
 """Two DeepSpeed engines on two ranks equal plain torch in one process: losses, gradient norms, weights, scales and bank."""
 
+import itertools
 import json
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from engine_worker import (
@@ -15,10 +17,12 @@ from engine_worker import (
     settings_of,
     start_ranks,
     state_of,
+    student_model,
     student_module,
     teacher_module,
 )
 from families import FAMILIES
+from quant.reference import reference as equations
 from safetensors.torch import load_file
 
 from dqtrain import checkpoint
@@ -33,6 +37,7 @@ CASES["persistent"] = {"stage": 3, "teacher": 3, "threshold": 10**6}
 CASES["released"] = {"stage": 3, "teacher": 3}
 CASES |= {f"codes-{stage}": {"stage": stage, "teacher": 3, "activations": True} for stage in (1, 3)}
 CASES |= {f"bf16-{stage}": {"stage": stage, "teacher": stage % 2 * 3, "precision": "bf16"} for stage in (2, 3)}
+CASES |= {f"bf16_weights-{stage}": {"stage": stage, "teacher": stage % 2 * 3, "precision": "bf16_weights"} for stage in (2, 3)}
 CASES["codes-learned-3"] = {"stage": 3, "activations": True, "scale": "learned"}
 CASES |= {f"checkpointing-{stage}": {"stage": stage, "checkpointing": True} for stage in (1, 2, 3)}
 CASES |= {f"untied-{stage}": {"stage": stage, "tie_word_embeddings": False} for stage in (1, 2, 3)}
@@ -43,6 +48,17 @@ CASES |= {f"spoilt-{stage}": {"stage": stage, "spoilt": True} for stage in (1, 2
 CASES["slices-3"] = {"stage": 3, "teacher": 3, "slices": True}
 ALONE = {"alone-1": {"stage": 1}, "alone-2": {"stage": 2, "grid": "affine"}, "alone-3": {"stage": 3, "tie_word_embeddings": False, "checkpointing": True}}
 ALONE |= {f"{family}-alone-{stage}": {"stage": stage, "teacher": 3, "family": family} for family, stage in (("bart", 3), ("t5", 1))}
+PRECISIONS = ("fp32", "bf16", "bf16_weights")
+GRADIENTS = {f"{precision}, stage {stage}": {"precision": precision, "stage": stage} for precision in PRECISIONS for stage in (1, 2, 3)}
+LOW = {"precision": "bf16_weights", "stage": 3}
+GRADIENTS_OF_TWO = GRADIENTS | {
+    "bf16_weights, untied": {**LOW, "tie_word_embeddings": False},
+    "bf16_weights, checkpointing": {**LOW, "checkpointing": True},
+    "bf16_weights, offload": {**LOW, "offload": True},
+    "bf16_weights, persistent": {**LOW, "threshold": 10**6},
+    "bf16_weights, layer by layer": {**LOW, "live": 1},
+    "bf16, untied": {**LOW, "precision": "bf16", "tie_word_embeddings": False},
+}
 STUDENT = ("activations", "precision", "checkpointing", "tie_word_embeddings", "grid", "scale", "family")
 
 
@@ -56,8 +72,10 @@ def found(tmp_path_factory):
         make().save_pretrained(folder / "models" / name, max_shard_size="20KB")  # several files
     loads = [("load_by_slices", {"dtype": dtype, "files": "models"}) for dtype in ("float32", "bfloat16")]
     jobs += [("teach", {"name": "teacher-bfloat16", "teacher": 3, "precision": "fp32", "dtype": "bfloat16"}), ("live", {})]
-    start_ranks(folder, 2, [*jobs, ("refusals", {}), *loads])
-    start_ranks(folder, 1, [("train", {"name": name, **how}) for name, how in ALONE.items()])
+    gradients = [("gradients", {"name": f"gradients of {name} on 2", **how}) for name, how in GRADIENTS_OF_TWO.items()]
+    start_ranks(folder, 2, [*jobs, ("refusals", {}), *loads, *gradients])
+    gradients = [("gradients", {"name": f"gradients of {name} on 1", **how}) for name, how in GRADIENTS.items()]
+    start_ranks(folder, 1, [*[("train", {"name": name, **how}) for name, how in ALONE.items()], *gradients])
     return folder
 
 
@@ -183,6 +201,127 @@ def test_models_come_out_of_their_files_into_partitions(found, family, dtype):
         assert [name for name in expected if not torch.equal(loaded[name], expected[name])] == []
 
 
+class PlainQuantizer(torch.autograd.Function):
+    """QuantGPT's equations and their gradients in float64, one scale for each row."""
+
+    @staticmethod
+    def forward(ctx, weight, gamma):
+        ctx.save_for_backward(weight, gamma)
+        return torch.from_numpy(PlainQuantizer.equations(weight, gamma, torch.zeros_like(weight)).value).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        found = PlainQuantizer.equations(*ctx.saved_tensors, grad)
+        return torch.from_numpy(found.grad_weight).float(), torch.from_numpy(found.grad_learned[0]).float()
+
+    @staticmethod
+    def equations(weight, gamma, grad):
+        rows = np.broadcast_to(np.arange(len(gamma))[:, None], weight.shape)
+        return equations("dynamic", 2, weight.double().numpy(), [gamma.double().numpy()], rows, True, grad.double().numpy())
+
+
+class PlainHead(torch.autograd.Function):
+    """What autocast makes of a linear layer, of whose gradients `factor` is taken after the products: as of a loss whose gradients are made before its factor is known."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, factor):
+        ctx.save_for_backward(hidden.bfloat16(), weight.bfloat16())
+        ctx.factor = factor
+        return (hidden.bfloat16() @ weight.bfloat16().T).float()
+
+    @staticmethod
+    def backward(ctx, slope):
+        hidden, weight = ctx.saved_tensors
+        slope = slope.bfloat16()
+        return (slope @ weight).float() * ctx.factor, ((slope.T @ hidden).float() * ctx.factor).bfloat16().float(), None
+
+
+@cache
+def plain_gradients(precision, **changes):
+    """Parameter -> gradient of one step's loss: transformers' own model, the papers' equations in float64, torch's autocast; nothing of dqtrain but the start of the scales."""
+    compute = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
+    start = {
+        name: p.detach().clone().requires_grad_() for name, p in student_model(grid="partly", rounded=precision == "bf16_weights", **changes).named_parameters()
+    }
+    student, teacher = float_model(2, **changes).eval(), float_model(1).eval()
+
+    def rounded(weight):
+        return weight + (weight.bfloat16().float() - weight).detach() if precision == "bf16_weights" else weight
+
+    def value(name):
+        weight = rounded(start[name]) if start[name].ndim == 2 else start[name]
+        if f"{name}_gamma" not in start:
+            return weight
+        gamma = start[f"{name}_gamma"]
+        return PlainQuantizer.apply(weight.reshape(len(gamma), -1), gamma).view(weight.shape)
+
+    factor = 1 / sum(NUM_TARGETS[0])
+    for inputs, labels in micro_batches(0):
+        at = labels != IGNORED
+        with compute:
+            values = {name: value(name) for name in start if not is_learned_scale(name)}
+            body = {name.removeprefix("transformer."): p for name, p in values.items() if "lm_head" not in name}
+            hidden = torch.func.functional_call(student.transformer, body, inputs.ids)[0][at].float()
+            weight = values.get("lm_head.weight", values["transformer.wte.weight"])
+            logits = hidden @ weight.T if precision == "fp32" else PlainHead.apply(hidden, weight, factor)
+            with torch.no_grad():
+                said = teacher(inputs.ids).logits[at].float()
+        task = torch.nn.functional.cross_entropy(logits, labels[at], reduction="sum")
+        soft = -(said.log_softmax(-1).exp() * logits.log_softmax(-1)).sum()  # by softmax, a last bit of its gradient would become one of bf16
+        ((0.5 * task + soft) * (factor if precision == "fp32" else 1)).backward()
+    return {name: p.grad for name, p in start.items()}
+
+
+def found_gradients(found, name, size, shapes):
+    """Parameter -> gradient, put together from what each rank owns; every element must be there once."""
+    flat = {key: torch.full((shape.numel(),), torch.nan) for key, shape in shapes.items()}
+    for rank in range(size):
+        for key, piece in load_file(found / f"gradients of {name} on {size}-{rank}.safetensors").items():
+            parameter, start = key.removeprefix("student.model.").split("|")
+            target = flat[parameter][int(start) : int(start) + piece.numel()]
+            assert target.isnan().all()
+            target.copy_(piece)
+    return {key: value.view(shapes[key]) for key, value in flat.items()}
+
+
+# Relative to the norm of the parameter's gradient. Without autocast a scale's is a sum of many that cancel.
+LIMITS = {"fp32": (1e-6, 2e-5), "bf16": (1e-5, 2e-5), "bf16_weights": (1e-5, 2e-5)}
+
+
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in GRADIENTS_OF_TWO), *((name, 1) for name in GRADIENTS)])
+def test_gradients_are_those_of_plain_torch_in_every_precision(found, name, size):
+    how = GRADIENTS_OF_TWO[name]
+    expected = plain_gradients(how["precision"], **{key: value for key, value in how.items() if key == "tie_word_embeddings"})
+    ours = found_gradients(found, name, size, {key: gradient.shape for key, gradient in expected.items()})
+    errors = {key: float((ours[key] - gradient).norm() / gradient.norm()) for key, gradient in expected.items()}
+    weights, scales = (max(error for key, error in errors.items() if is_learned_scale(key) == which) for which in (False, True))
+    print(f"{name} on {size}: weights {weights:.1e}, scales {scales:.1e}")
+    assert weights <= LIMITS[how["precision"]][0] and scales <= LIMITS[how["precision"]][1], errors
+
+
+def test_matrices_rounded_to_bf16_are_another_function():
+    """And so is autocast: the references above tell the three precisions apart."""
+    for one, other in itertools.combinations(PRECISIONS, 2):
+        ours, theirs = plain_gradients(one), plain_gradients(other)
+        assert max(float((ours[key] - theirs[key]).norm() / theirs[key].norm()) for key in ours) > 1e-2
+
+
+def test_matrices_are_gathered_in_two_bytes(found):
+    """As often as in fp32, which DeepSpeed chooses; vectors and scales in four bytes as ever. One rank gathers nothing."""
+    for where in ("untied", "stage 3"):
+        low, usual = (json.loads((found / f"gradients of {precision}, {where} on 2-0.json").read_text()) for precision in ("bf16_weights", "bf16"))
+        assert low.keys() == {"torch.bfloat16", "torch.float32"} and usual.keys() == {"torch.float32"}
+        assert low["torch.bfloat16"] + low["torch.float32"] == usual["torch.float32"]
+        changes = {"tie_word_embeddings": False} if where == "untied" else {}
+        matrices, others = (
+            sum(-(-p.numel() // 2) for p in student_model(grid="partly", **changes).parameters() if (p.ndim == 2) == which) for which in (True, False)
+        )
+        if where == "untied":  # each parameter equally often
+            assert low["torch.bfloat16"] * others == low["torch.float32"] * matrices and low["torch.bfloat16"] % matrices == 0
+        print(f"{where}: {(2 * low['torch.bfloat16'] + 4 * low['torch.float32']) / usual['torch.float32']:.2f} bytes per element, in fp32 4")
+    assert json.loads((found / "gradients of bf16_weights, stage 3 on 1-0.json").read_text()) == {}
+
+
 def test_learned_scales_and_every_term_take_part():
     terms, after, before, _ = reference()
     assert all(abs(line[key]) > 0.1 for line in terms for key in line)
@@ -190,7 +329,7 @@ def test_learned_scales_and_every_term_take_part():
         contrast = DISTILL.contrast.weight * line["contrast"]
         assert line["total"] == pytest.approx(DISTILL.task * line["task"] + line["logits"] + contrast, rel=1e-6)
     assert all(not torch.equal(after[key], before[key]) for key in after)
-    for how in ({"activations": True}, {"precision": "bf16"}):  # not the same numbers under another name
+    for how in ({"activations": True}, {"precision": "bf16"}, {"precision": "bf16_weights"}):  # not the same numbers under another name
         assert abs(reference(**how, joined=False)[0][-1]["contrast"] / terms[-1]["contrast"] - 1) > 10 * EXACT["terms"]
         assert (reference(**how, joined=False)[3]["logits"] - reference()[3]["logits"]).abs().max() > 10 * ROUNDED["terms"]
 
@@ -257,6 +396,9 @@ def test_an_engine_that_did_not_start_as_asked_is_refused(found):
     assert "train_micro_batch_size_per_gpu is 2, asked 5" in refusals["micro_batch"]
     assert "stage3_param_persistence_threshold is 7, asked 8" in refusals["threshold"]
     assert all("student" in message for message in refusals.values() if message and "asked" in message)
+    for how in ("moved", "means something else"):
+        message = refusals[f"the dtype of gathers {how}"]
+        assert "no get_allgather_dtype that reads comm_dtype" in message and "constraints.txt" in message and "train.precision to bf16" in message
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -6,11 +6,12 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dqtrain import checkpoint
 from dqtrain.artifact.load import load_any, load_spread
-from dqtrain.models import Inputs, LanguageModel
+from dqtrain.models import Inputs, LanguageModel, load_model
 
 LONG = "{steps: 30, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.01}"
 
@@ -115,3 +116,43 @@ def test_resume_on_other_ranks_and_stage_reads_the_same_samples(uninterrupted, m
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=2e-5 if name != "gradient_norm" else 1e-3), (ours["step"], name)
+
+
+ROUNDED = "{steps: 12, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, precision: bf16_weights}"
+
+
+def test_a_run_with_bf16_weights_is_partitioned_then_resumed_alone_and_exported(make_run):
+    quant = "{linears: {bits: 2, granularity: per_tensor}, embeddings: {bits: 2, granularity: per_row}, positions: null, activations: {bits: 8}}"
+    run = make_run(train=ROUNDED, quant=quant)
+    process = run.start("train", str(run.config), "--ranks", "2")
+    run.wait_for_step(4, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    code, output = run.train("train.precision=bf16", ranks=1)
+    assert code == 2 and "train.precision" in output
+    code, output = run.train("zero.student=1", "zero.teacher=0", ranks=1)
+    assert code == 0, output
+    assert [line["step"] for line in run.log() if "loss" in line] == [2, 4, 6, 8, 10, 12]
+    result = json.loads((run.path / "result.json").read_text())
+    assert result["export"]["parity"]["relative_logit_difference"] <= 1e-5
+    latent = dict(checkpoint.weights(run.path / f"checkpoints/step-{result['step']:09d}"))
+    stored = load_file(run.path / "artifact/packed/model.safetensors")
+    positions = "transformer.wpe.weight"
+    assert torch.equal(stored[positions], latent[positions].bfloat16()) and not torch.equal(stored[positions].float(), latent[positions])
+    code, output = run.dqtrain("inspect", str(run.path), "--json")
+    sizes = json.loads(output)["sizes"]["artifact"]["trained"]
+    assert code == 0 and sizes["model.safetensors"]["bytes"] == result["export"]["bytes"]
+    assert sizes["artifact.json"] == (run.path / "artifact/packed/artifact.json").stat().st_size
+
+
+def test_a_float_run_with_bf16_weights_exports_what_forward_read(make_run):
+    run = make_run(train=ROUNDED.replace("steps: 12", "steps: 4"), quant="null", eval="{every_steps: 4}", checkpoint="{every_steps: 4}")
+    code, output = run.train()
+    assert code == 0, output
+    latent = dict(checkpoint.weights(run.path / "checkpoints/step-000000004"))
+    exported = load_model(run.path / "artifact/hf")
+    assert exported.lm_head.weight is exported.transformer.wte.weight
+    for name, parameter in exported.named_parameters():
+        expected = latent[name].bfloat16().float() if parameter.ndim >= 2 else latent[name]
+        assert torch.equal(parameter, expected) and (parameter.ndim < 2) == torch.equal(parameter, latent[name])

@@ -9,7 +9,8 @@ from dqtrain.artifact import format, parity
 from dqtrain.artifact.load import trained_model
 from dqtrain.errors import CheckpointError
 from dqtrain.files import sync_path, write_text
-from dqtrain.quant.modules import float_bytes
+from dqtrain.models import by_names
+from dqtrain.quant.modules import float_bytes, served_parameters
 from dqtrain.rundir import RunDir
 
 
@@ -35,7 +36,8 @@ def export(run: RunDir, folder: Path) -> dict[str, Any]:
             about = {"activations": activations, "checkpoint": folder.name, "coverage": coverage}
             format.write(model, partial, about)
         else:
-            model.save_pretrained(partial)
+            served = dict(served_parameters(model))
+            model.save_pretrained(partial, state_dict={name: served.get(names[0], tensor) for names, tensor in by_names(model) for name in names})
         figures = parity.verify(model, partial)
         write_text(partial / "parity.json", json.dumps(figures, indent=1))
         for file in partial.iterdir():

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from dqtrain.errors import CheckpointError
 from dqtrain.files import digest, sync_path, write_text
 from dqtrain.quant.grid import WeightQuantizer
-from dqtrain.quant.modules import float_bytes, quantized_parameters, rounded_vectors, served_parameters
+from dqtrain.quant.modules import float_bytes, quantized_parameters, rounded_parameters, served_parameters
 from dqtrain.quant.pack import pack, unpack
 
 FORMAT = 2
@@ -43,7 +43,7 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any]) -> None:
         if scales.zero_point is not None:
             tensors[f"{name}.zero_point"] = scales.zero_point.to(torch.int8)
         packed[name] = {"shape": list(parameter.weight.shape), **asdict(quantizer)}
-    rounded = rounded_vectors(model)
+    rounded = rounded_parameters(model)
     for name, tensor in served_parameters(model):
         if name not in packed:
             tensors[name] = tensor.to(torch.bfloat16) if name in rounded else tensor.contiguous()

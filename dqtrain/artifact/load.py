@@ -22,7 +22,7 @@ from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.generation import generate as write
 from dqtrain.models import LanguageModel, by_names, empty_model, load_model, meta_model, open_weights
-from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model
+from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model, round_matrices
 from dqtrain.rundir import RunDir
 from dqtrain.world import World
 
@@ -40,7 +40,7 @@ def load_artifact(path: Path | str) -> PreTrainedModel:
     quantize_activations(model, Coverage.from_json(json.dumps(about["coverage"])), activations)
     for name in stored.keys() & model.state_dict().keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys():
         # A tied head that was trained to read the table before rounding has a tensor of its own.
-        model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(torch.empty_like(stored[name]))
+        model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(torch.empty(stored[name].shape))
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in stored:
@@ -61,14 +61,22 @@ def chosen_checkpoint(run: RunDir) -> Path:
 
 def trained_model(run: RunDir, folder: Path) -> PreTrainedModel:
     """The student of a run with the weights and scales of one of its checkpoints, fake-quantized as in training, in eval mode."""
-    quant = run.load_config().quant
-    model = empty_model(run.student)
-    if quant is not None:
-        quantize_model(model, quant, initialise=False)
+    model = _as_trained(empty_model(run.student), run)
     left_over = checkpoint.fill(model, folder)
     if left_over:
         raise CheckpointError(f"{folder}: holds {', '.join(sorted(left_over)[:3])}, which the student of {run.config} does not have. Restore that file.")
     return model.eval()
+
+
+def _as_trained(model: PreTrainedModel, run: RunDir) -> PreTrainedModel:
+    """A float model as the run's student is, but for its weights and scales; in place."""
+    config = run.load_config()
+    rounded = config.train.precision == "bf16_weights"
+    if config.quant is not None:
+        quantize_model(model, config.quant, initialise=False, rounded=rounded)
+    elif rounded:
+        round_matrices(model)
+    return model
 
 
 def load_any(path: Path) -> PreTrainedModel:
@@ -88,13 +96,11 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
     run = RunDir(path)
     if (path / "artifact.json").is_file():
         return load_artifact(path)
-    model = meta_model(run.student if run.config.is_file() else path)
     if run.config.is_file():
-        quant = run.load_config().quant
-        if quant is not None:
-            quantize_model(model, quant, initialise=False)
+        model = _as_trained(meta_model(run.student), run)
         weights = checkpoint.readers(chosen_checkpoint(run), model)
     else:
+        model = meta_model(path)
         weights = open_weights(path, model)
     LanguageModel(model)  # gives the head its class, which accelerate's hooks must find
     classes = list(getattr(model, "_no_split_modules", None) or ())

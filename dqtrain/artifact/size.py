@@ -19,7 +19,7 @@ from torch import nn
 
 from dqtrain.artifact.format import METADATA, describe
 from dqtrain.quant.grid import GRIDS, MinMaxAffine
-from dqtrain.quant.modules import Coverage, is_learned_scale, latent_heads, quantized_parameters, rounded_vectors
+from dqtrain.quant.modules import Coverage, is_learned_scale, latent_heads, quantized_parameters, rounded_parameters
 from dqtrain.quant.pack import packed_bytes
 
 MIB = 2**20
@@ -69,13 +69,9 @@ def float_part(model: nn.Module, nonzero_buffers: Collection[str] = ()) -> Float
     """What stays float in a quantized model, on any device. Of buffers without values (on meta) those named are taken to be not all 0."""
     quantized = {parameter.name: parameter.quantizer for parameter in quantized_parameters(model)}
     in_codes = {*quantized, *(f"{name}_{learned}" for name, quantizer in quantized.items() for learned in quantizer.learned)}
-    rounded, state = rounded_vectors(model), model.state_dict()
-    tensors = [
-        StoredTensor(name, torch.bfloat16 if name in rounded else parameter.dtype, tuple(parameter.shape))
-        for name, parameter in model.named_parameters()
-        if name not in in_codes
-    ]
-    tensors += [StoredTensor(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in latent_heads(model)]
+    rounded, state = rounded_parameters(model), model.state_dict()
+    floats = [(name, parameter) for name, parameter in model.named_parameters() if name not in in_codes] + list(latent_heads(model))
+    tensors = [StoredTensor(name, torch.bfloat16 if name in rounded else parameter.dtype, tuple(parameter.shape)) for name, parameter in floats]
     for name, buffer in model.named_buffers():
         if name in state and (name in nonzero_buffers if buffer.is_meta else bool(buffer.any())):
             tensors.append(StoredTensor(name, buffer.dtype, tuple(buffer.shape)))

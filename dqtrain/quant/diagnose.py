@@ -58,12 +58,13 @@ def relative(squared_error: float, squared_norm: float) -> float:
 def weight_statistics(weight: Tensor, quantizer: WeightQuantizer, scales: Scales, previous_codes: Tensor | None = None) -> WeightStatistics:
     """Error, clipping and codes of a weight under a quantizer with these scales, read piece by piece: nothing dense is made but the codes.
 
-    `weight` is [rows, columns] or [matrices, rows, columns], in any float dtype; `previous_codes` is int8 of its shape. The codes are
-    those of `quantizer.quantize`, and the error that of `quantizer.value`, in every bit. A weight counts as clipped when it lies
-    beyond the outermost level's value, whatever the gradient does there.
+    `weight` is [rows, columns] or [matrices, rows, columns], in any float dtype; where the quantizer rounds it to bf16, all figures are of
+    the rounded one. `previous_codes` is int8 of its shape. The codes are those of `quantizer.quantize`, and the error that of
+    `quantizer.value`, in every bit. A weight counts as clipped when it lies beyond the outermost level's value, whatever the gradient does
+    there.
     """
     blocks, levels = quantizer.blocks, quantizer.levels
-    view = blocks.view(weight)
+    view = blocks.view(quantizer.as_read(weight))
     codes = torch.empty(view.shape, dtype=torch.int8, device=view.device)
     error, norm = (torch.zeros((), dtype=torch.float64, device=view.device) for _ in range(2))
     clipped, changed = (torch.zeros((), dtype=torch.int64, device=view.device) for _ in range(2))

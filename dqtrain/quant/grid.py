@@ -8,6 +8,7 @@ Several matrices may lie in one weight [experts, rows, columns]; each has scales
 matrix's *outputs*, of its two: 0 for Linear and Embedding, 1 for Conv1D, which stores its weight transposed. Scales are flat,
 in the order of the weight: [matrices], [matrices * rows] or [matrices * rows * groups] (rows last where row_axis is 1).
 
+A weight may be rounded to bf16 first, straight-through: then a partitioned one can be gathered in two bytes per element.
 Arithmetic is in fp32, or in float64 where the weight is; sums are in float64 and rounded once, so that their order (threads,
 device) has next to no chance to move a scale. Training and export share these functions.
 """
@@ -67,6 +68,11 @@ class Scales(NamedTuple):
 def compute(tensor: Tensor) -> Tensor:
     """In the precision of this file's arithmetic: float64 stays, anything else becomes fp32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def round_to_bf16(tensor: Tensor) -> Tensor:
+    """Nearest bf16 values, ties to even, in the tensor's own dtype."""
+    return tensor.to(torch.bfloat16).to(tensor.dtype)
 
 
 def snap(scale: Tensor) -> Tensor:
@@ -370,6 +376,7 @@ class WeightQuantizer:
     group_size: int | None
     row_axis: int  # of the two axes of a matrix, that of its outputs
     portable: bool
+    rounded: bool = False  # the weight is rounded to bf16 before anything else
 
     @property
     def levels(self) -> Levels:
@@ -395,11 +402,19 @@ class WeightQuantizer:
             raise ConfigError(f"{name} has {inputs} inputs, which a group_size of {self.group_size} does not divide. Set it to {nearest}, or use per_row.")
         return math.prod(self.blocks.scale_shape(self.blocks.view(torch.empty(shape, device="meta"))))
 
+    def as_read(self, weight: Tensor) -> Tensor:
+        """The weight that is quantized: rounded to bf16 if `rounded`, in its own dtype."""
+        return round_to_bf16(weight) if self.rounded else weight
+
+    def view(self, weight: Tensor) -> Tensor:
+        """What is quantized as `Blocks.view` shows it, in the precision of this file's arithmetic."""
+        return self.blocks.view(compute(self.as_read(weight)))
+
     @torch.no_grad()
     def scales(self, weight: Tensor, *learned: Tensor) -> Scales:
         """Scales of a weight with what was learned beside it, those of the forward in training; always > 0."""
         grid, blocks, levels = GRIDS[self.grid], self.blocks, self.levels
-        view = blocks.view(compute(weight))
+        view = self.view(weight)
         zero_point = learned[1] if len(learned) > 1 else grid.zero_point(view, blocks, levels)
         unit = grid.unit(view, blocks, levels)
         scale = self.settle(learned[0] * unit if learned else grid.scale(view, blocks, levels))
@@ -414,7 +429,7 @@ class WeightQuantizer:
     def quantize(self, weight: Tensor, scales: Scales) -> Tensor:
         """Codes, int8, of the weight's shape."""
         blocks, levels = self.blocks, self.levels
-        view = blocks.view(compute(weight))
+        view = self.view(weight)
         codes = torch.empty(view.shape, dtype=torch.int8, device=view.device)
         spread = [blocks.spread(t, view) for t in (scales.step, scales.zero_point) if t is not None]
         for out, piece, step, *zero in blocks.pieces(codes, view, *spread):
@@ -433,7 +448,7 @@ class WeightQuantizer:
     def value(self, weight: Tensor, scales: Scales) -> Tensor:
         """`dequantize(quantize(weight))`, equal in every bit, without the integers in between; not differentiable."""
         blocks, levels = self.blocks, self.levels
-        view = blocks.view(compute(weight))
+        view = self.view(weight)
         values = torch.empty(view.shape, dtype=view.dtype, device=view.device)
         zeros = [] if scales.zero_point is None else [blocks.spread(scales.zero_point, view)]
         for out, piece, scale, step, *zero in blocks.pieces(values, view, blocks.spread(scales.scale, view), blocks.spread(scales.step, view), *zeros):
@@ -452,8 +467,8 @@ class _FakeQuantize(torch.autograd.Function):
     """Keeps nothing for backward but the weight and a few values per scale.
 
     With g = dL/dw_q and l = code - zero_point + offset: dL/dw = g where w / s is within the grid's reach, else 0, and
-    ds = sum of g * (l - w/s inside, l outside) per scale, which each grid multiplies by d(scale)/d(learned). Snapping is
-    passed straight through.
+    ds = sum of g * (l - w/s inside, l outside) per scale, which each grid multiplies by d(scale)/d(learned). Snapping, and
+    rounding the weight to bf16, are passed straight through.
     """
 
     @staticmethod
@@ -472,7 +487,7 @@ class _FakeQuantize(torch.autograd.Function):
         if reach is None:
             return grad, None, None
         low, high = reach
-        view, grads = blocks.view(compute(weight)), blocks.view(compute(grad))
+        view, grads = quantizer.view(weight), blocks.view(compute(grad))
         zeros = [] if scales.zero_point is None else [blocks.spread(scales.zero_point, view)]
         step = blocks.spread(scales.step, view)
         grad_weight = torch.empty_like(grads, memory_format=torch.contiguous_format)

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dqtrain.config import ActivationQuant, Quant, WeightQuant
 from dqtrain.errors import ConfigError
 from dqtrain.quant.activation import ActivationQuantizer, is_one_sided, real_positions, watch_padding
 from dqtrain.quant.attention import check_attention_ran, quantize_attention
-from dqtrain.quant.grid import Scales, WeightQuantizer
+from dqtrain.quant.grid import Scales, WeightQuantizer, round_to_bf16
 from dqtrain.quant.saved import made_again
 from dqtrain.quant.scale import initial_learned
 
@@ -54,8 +55,8 @@ def float_bytes(model: nn.Module) -> int:
 
 class _RoundToBf16(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vector: Tensor) -> Tensor:
-        return vector.to(torch.bfloat16).to(vector.dtype)
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return round_to_bf16(parameter)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class QuantizedParameters(_Quantized):
 
     weight_quantizers: dict[str, WeightQuantizer]  # by the parameter's name in the module
     weight_names: dict[str, str]  # in the model that was quantized
-    rounded: tuple[str, ...] = ()  # vectors that are rounded to bf16
+    rounded: tuple[str, ...] = ()  # parameters that are rounded to bf16 and not quantized
     quantizer_ran = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -307,14 +308,15 @@ class _Holder:
         return int(isinstance(self.module, Conv1D) or (self.is_experts and getattr(self.module, "is_transposed", False)))
 
 
-def quantize_model(model: nn.Module, config: Quant, initialise: bool = True) -> Coverage:
+def quantize_model(model: nn.Module, config: Quant, initialise: bool = True, rounded: bool = False) -> Coverage:
     """Quantize a float model in place.
 
     Linear, Conv1D and experts' weights follow `config.linears`, nn.Embedding ones `config.embeddings`, or `config.positions` where
     the module is called as in `POSITION_TABLES`; `config.overrides` come after. A weight tied between an embedding and a head
     follows the embedding; the head's input is quantized like any linear's. Where a weight stays float, so does the input, and
-    routers do unless an override names them. With `initialise` the learned scales minimise the squared error of the present weights,
-    otherwise they are 1, to be overwritten (a model on the meta device can only be quantized so). Learned activation steps start with `activation.calibrate`.
+    routers do unless an override names them. With `rounded` every matrix is rounded to bf16 first, those that stay float too. With
+    `initialise` the learned scales minimise the squared error of the present weights, otherwise they are 1, to be overwritten (a model
+    on the meta device can only be quantized so). Learned activation steps start with `activation.calibrate`.
 
     Raises ConfigError when a glob matches nothing, a group size does not divide, a weight is not finite, or a weight is shared
     with a module that would read it unquantized.
@@ -326,11 +328,13 @@ def quantize_model(model: nn.Module, config: Quant, initialise: bool = True) -> 
             raise ConfigError(
                 f"quant.overrides has `{override.match}`, which matches no matrix of the model; they are called like {names[0]}. Mend or remove it."
             )
-    coverage = Coverage([_quantize_parameter(holders, config) for holders in matrices])
+    coverage = Coverage([_quantize_parameter(holders, config, rounded) for holders in matrices])
     if config.float_head and not any(latent_heads(model)):
         raise ConfigError(f"quant.float_head is true, but {type(model).__name__} has no head that is tied to quantized word embeddings. Set it to false.")
     if config.vectors == "bf16":
-        _round_vectors(model)
+        _round(model, lambda key, parameter: parameter.ndim < 2 and not is_learned_scale(key))
+    if rounded:
+        round_matrices(model)
     for override in config.overrides:
         matched = [row for row, holders in zip(coverage.rows, matrices, strict=True) if any(fnmatchcase(holder.name, override.match) for holder in holders)]
         if override.activations is not None and not any(row.input_quantizer for row in matched):
@@ -381,7 +385,7 @@ def _matrices(model: nn.Module) -> list[list[_Holder]]:
     return list(holders.values())
 
 
-def _quantize_parameter(holders: list[_Holder], config: Quant) -> CoverageRow:
+def _quantize_parameter(holders: list[_Holder], config: Quant, rounded: bool) -> CoverageRow:
     first = holders[0]
     weight = first.module._parameters[first.key]
     assert weight is not None
@@ -395,7 +399,8 @@ def _quantize_parameter(holders: list[_Holder], config: Quant) -> CoverageRow:
             f"{first.name} is also {unknown.name}, where {type(unknown.module).__name__} would read it unquantized; "
             f"keep it float with an entry of quant.overrides: match: {first.name}, keep_float: true."
         )
-    quantizer = WeightQuantizer(settings.grid, settings.bits, settings.granularity, settings.group_size, first.row_axis, config.scale_dtype == "portable")
+    portable = config.scale_dtype == "portable"
+    quantizer = WeightQuantizer(settings.grid, settings.bits, settings.granularity, settings.group_size, first.row_axis, portable, rounded)
     num_scales = quantizer.num_scales(row.shape, first.name)
     learned = {name: nn.Parameter(torch.ones(num_scales, device=weight.device)) for name in quantizer.learned}
     if config.float_head and kind == "embeddings":
@@ -442,15 +447,23 @@ def _settings(holders: list[_Holder], config: Quant) -> tuple[str | None, Weight
     return kind, settings, inputs, reason
 
 
-def _round_vectors(model: nn.Module) -> None:
-    """Round norms and biases to bf16 in every forward of the modules that hold them."""
+def round_matrices(model: nn.Module) -> None:
+    """Round every parameter of two dimensions or more that is not quantized to bf16, straight-through, in every forward of the modules that hold it."""
+    _round(model, lambda key, parameter: parameter.ndim >= 2)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if head is not None and "weight" in head.__dict__.get("rounded", ()):
+        head.quantizer_ran = True  # the loss calls it, or nothing reads it
+
+
+def _round(model: nn.Module, is_meant: Callable[[str, nn.Parameter], bool]) -> None:
     for module in model.modules():
-        vectors = tuple(key for key, p in module._parameters.items() if p is not None and p.ndim < 2 and not is_learned_scale(key))
-        if vectors:
+        quantizers = module.__dict__.get("weight_quantizers", {})
+        keys = tuple(key for key, p in module._parameters.items() if p is not None and key not in quantizers and is_meant(key, p))
+        if keys:
             _mix_in(module, QuantizedParameters)
             module.__dict__.setdefault("weight_quantizers", {})
             module.__dict__.setdefault("weight_names", {})
-            module.rounded = vectors  # type: ignore[assignment]
+            module.rounded = (*module.__dict__.get("rounded", ()), *keys)  # type: ignore[assignment]
 
 
 def quantize_activations(model: nn.Module, coverage: Coverage, settings: ActivationQuant | None) -> None:
@@ -515,17 +528,21 @@ def initial_scales(parameters: Iterable[QuantizedParameter], read: Callable[[str
 
 @torch.no_grad()
 def served_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What forward computes with for each parameter by its first name: the quantized weight, the rounded vector, or the parameter; no scales of weights."""
+    """What forward computes with for each parameter by its first name: the quantized weight, the rounded parameter, or the parameter; no scales of weights."""
     quantized = {parameter.name: parameter for parameter in quantized_parameters(model)}
     scales = {f"{name}_{learned}" for name, parameter in quantized.items() for learned in parameter.quantizer.learned}
-    rounded = rounded_vectors(model)
+    rounded = rounded_parameters(model)
+
+    def float_value(name: str, parameter: Tensor) -> Tensor:
+        return round_to_bf16(parameter) if name in rounded else parameter.detach()
+
     for name, parameter in model.named_parameters():
         if name in quantized:
             yield name, quantized[name].quantizer.value(parameter, quantized[name].scales())
         elif name not in scales:
-            yield name, _RoundToBf16.apply(parameter) if name in rounded else parameter.detach()
+            yield name, float_value(name, parameter)
     for name, parameter in latent_heads(model):
-        yield name, parameter.detach()
+        yield name, float_value(name, parameter)
 
 
 def latent_heads(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -535,22 +552,40 @@ def latent_heads(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{name}.weight", module._parameters["weight"]
 
 
-def rounded_vectors(model: nn.Module) -> set[str]:
-    """Names of the parameters that forward rounds to bf16."""
+def rounded_parameters(model: nn.Module) -> set[str]:
+    """Names, tied ones too, of the parameters that forward rounds to bf16 and does not quantize."""
     return {f"{name}.{key}" if name else key for name, module in model.named_modules() if isinstance(module, QuantizedParameters) for key in module.rounded}
+
+
+def read_in_bf16(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that every module which holds them rounds to bf16 before anything else, so that bf16 is all that it needs of them."""
+    reads: dict[nn.Parameter, bool] = {}
+    for module in model.modules():
+        quantizers, rounded = module.__dict__.get("weight_quantizers", {}), module.__dict__.get("rounded", ())
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                is_rounded = quantizers[key].rounded if key in quantizers else key in rounded
+                reads[parameter] = reads.get(parameter, True) and is_rounded
+    return [parameter for parameter, is_rounded in reads.items() if is_rounded]
 
 
 def check_all_ran(model: nn.Module) -> None:
     """Raise ConfigError naming the quantized parameters that no forward has quantized yet, or the attention modules."""
-    ran: dict[str, bool] = {}
+    names: dict[nn.Parameter, str] = {}
+    ran: set[nn.Parameter] = set()
     for module_name, module in model.named_modules():
         if isinstance(module, QuantizedParameters):
-            for name in module.weight_names.values() or [f"{module_name}.{key}" for key in module.rounded]:
-                ran[name] = ran.get(name, False) or module.quantizer_ran
-    idle = [name for name, has_run in ran.items() if not has_run]
+            for key in module.weight_names or module.rounded:
+                parameter = module._parameters[key]
+                assert parameter is not None
+                names.setdefault(parameter, module.weight_names.get(key, f"{module_name}.{key}"))
+                if module.quantizer_ran:
+                    ran.add(parameter)
+    idle = [name for parameter, name in names.items() if parameter not in ran]
     if idle:
         raise ConfigError(
-            f"{len(idle)} of {len(ran)} quantizers never ran: {', '.join(idle[:5])}{', ...' if len(idle) > 5 else ''}. "
-            "Their modules are read without being called; keep them float with entries of quant.overrides (match: NAME, keep_float: true), norms with vectors: fp32."
+            f"{len(idle)} of {len(names)} quantizers never ran: {', '.join(idle[:5])}{', ...' if len(idle) > 5 else ''}. "
+            "Their modules are read without being called; keep them float with entries of quant.overrides (match: NAME, keep_float: true), norms with vectors: fp32, "
+            "and all with precision: bf16 where they are float and it is bf16_weights."
         )
     check_attention_ran(model)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dqtrain.errors import ConfigError
-from dqtrain.quant.grid import GRIDS, SMALLEST_SCALE, TINY, WeightQuantizer, compute, level_of
+from dqtrain.quant.grid import GRIDS, SMALLEST_SCALE, TINY, WeightQuantizer, level_of
 
 NUM_CANDIDATES = 24, 8
 """Scales tried over the whole range, then between the neighbours of the best one. The error is flat around its least value."""
@@ -19,7 +19,7 @@ def initial_learned(weight: Tensor, quantizer: WeightQuantizer, name: str = "wei
     """
     quantizer.num_scales(tuple(weight.shape), name)
     grid, blocks, levels = GRIDS[quantizer.grid], quantizer.blocks, quantizer.levels
-    view = blocks.view(compute(weight))
+    view = quantizer.view(weight)
     if not all(bool(piece.isfinite().all()) for (piece,) in blocks.pieces(view)):
         raise ConfigError(f"{name} holds NaN or infinite values, so it has no scale. Start from a model whose weights are finite.")
     if not grid.learned:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES, IDS
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import dqtrain
@@ -39,10 +40,10 @@ def about(quant, coverage):
     return {"activations": quant.activations.model_dump() if quant.activations else None, "coverage": json.loads(coverage.to_json())}
 
 
-def write(world, folder, quant):
+def write(world, folder, quant, rounded=False):
     """A quantized copy of the tiny teacher with scales that training has moved, written as an artifact."""
     model = load_model(world / "teacher")
-    coverage = quantize_model(model, quant)
+    coverage = quantize_model(model, quant, rounded=rounded)
     torch.manual_seed(1)
     for parameter in quantized_parameters(model):
         for learned in parameter.learned:
@@ -83,6 +84,27 @@ def test_artifact_is_bit_identical(world, tmp_path, quant):
         out = loaded.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
         expected = model.eval().generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert torch.equal(out, expected)
+
+
+def test_matrices_that_training_rounded_to_bf16_are_stored_so(world, tmp_path):
+    """Codes of the rounded latents, and what stays float in two bytes: positions, one linear layer, and the head that reads the table before its codes."""
+    quant = settings(2, 4, None, float_head=True, overrides=({"match": "transformer.h.1.mlp.c_fc.weight", "keep_float": True},))
+    model, unrounded = write(world, tmp_path / "rounded", quant, rounded=True), write(world, tmp_path / "packed", quant)
+    assert parity.verify(model, tmp_path / "rounded")["relative_logit_difference"] == 0.0
+    stored, usual = (load_file(tmp_path / folder / "model.safetensors") for folder in ("rounded", "packed"))
+    latent = dict(unrounded.named_parameters(remove_duplicate=False))
+    for name in ("transformer.wpe.weight", "transformer.h.1.mlp.c_fc.weight", "lm_head.weight"):
+        assert torch.equal(stored[name], latent[name].bfloat16()) and torch.equal(usual[name], latent[name])
+    assert any(not torch.equal(stored[name], usual[name]) for name in stored if name.endswith("codes"))
+    coverage = quantize_model(load_model(world / "teacher"), quant, initialise=False, rounded=True)
+    assert artifact_bytes(coverage, float_part(model), about(quant, coverage)).total == sum(
+        (tmp_path / "rounded" / name).stat().st_size for name in ("model.safetensors", "artifact.json")
+    )
+    description = json.loads((tmp_path / "packed/artifact.json").read_text())
+    for grid in description["packed"].values():  # as it was written before there was a choice
+        assert grid.pop("rounded") is False
+    (tmp_path / "packed/artifact.json").write_text(json.dumps(description))
+    parity.verify(unrounded, tmp_path / "packed")
 
 
 @pytest.mark.parametrize("family", ["llama", "llama, tied", "qwen2", "opt"])

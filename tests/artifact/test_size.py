@@ -54,11 +54,11 @@ def bart_base():
     )
 
 
-def on_meta(make, quant):
+def on_meta(make, quant, rounded=False):
     """(coverage, float part) of a model without values."""
     with torch.device("meta"):
         model = make()
-        coverage = quantize_model(model, quant, initialise=False)
+        coverage = quantize_model(model, quant, initialise=False, rounded=rounded)
     return coverage, float_part(model)
 
 
@@ -82,10 +82,10 @@ QUANTS = {
 }
 
 
-def check(make, quant, folder):
+def check(make, quant, folder, rounded=False):
     model = make()
-    coverage = quantize_model(model, quant, initialise=False)  # which scales, the sizes do not know
-    predicted_coverage, floats = on_meta(make, quant)
+    coverage = quantize_model(model, quant, initialise=False, rounded=rounded)  # which scales, the sizes do not know
+    predicted_coverage, floats = on_meta(make, quant, rounded)
     assert predicted_coverage == coverage
     predicted = artifact_bytes(predicted_coverage, floats, about(quant, coverage))
     assert (predicted.weights, predicted.description) == written(model, coverage, quant, folder)
@@ -113,6 +113,7 @@ def test_mixed_settings_and_learned_activation_steps(tmp_path, family, kept, oth
     )
     quant = settings(4, None, 8, "lsq", inputs={"scale": "learned", "attention": True}, overrides=overrides)
     check(FAMILIES[family], quant, tmp_path / "packed")
+    check(FAMILIES[family], quant, tmp_path / "rounded", rounded=True)
     with torch.device("meta"):
         model = FAMILIES[family]()
         quantize_model(model, quant, initialise=False)

@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ from dqtrain.quant.modules import (
     quantize_activations,
     quantize_model,
     quantized_parameters,
+    read_in_bf16,
+    round_matrices,
     served_parameters,
 )
 
@@ -63,18 +66,25 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("grid", ["dynamic", "affine", "twn"])
+@pytest.mark.parametrize(("grid", "rounded"), [("dynamic", False), ("dynamic", True), ("affine", False), ("twn", True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_a_plain_formulation(family, grid, tied):
+def test_gradients_are_those_of_a_plain_formulation(family, grid, rounded, tied):
     """The plain one: no mixin, no hooks; each weight is quantized once, outside, and the float model is called with the results."""
     model, plain = FAMILIES[family](tie_word_embeddings=tied), FAMILIES[family](tie_word_embeddings=tied)
     bits = 2 if grid == "twn" else 4
-    quantize_model(model, settings(bits, bits, positions=8, granularity="per_row", grid=grid, activations=None, vectors="bf16"))
+    quantize_model(model, settings(bits, bits, positions=8, granularity="per_row", grid=grid, activations=None, vectors="bf16"), rounded=rounded)
     loss, ours = gradients(model)
     model.zero_grad()
     quantized = {parameter.weight: parameter for parameter in quantized_parameters(model)}
-    values = {weight: p.quantizer.fake_quantize(weight, *p.learned)[0] for weight, p in quantized.items()}
-    vectors = {p: p + (p.bfloat16().float() - p).detach() for name, p in model.named_parameters() if p.ndim < 2 and not is_learned_scale(name)}
+
+    def in_bf16(p):
+        return p + (p.bfloat16().float() - p).detach()
+
+    values = {
+        p.weight: replace(p.quantizer, rounded=False).fake_quantize(in_bf16(p.weight) if rounded else p.weight, *p.learned)[0] for p in quantized.values()
+    }
+    is_vector = {p: p.ndim < 2 for name, p in model.named_parameters() if p not in quantized and not is_learned_scale(name)}
+    vectors = {p: in_bf16(p) for p in is_vector if is_vector[p] or rounded}
     values |= vectors
     parameters = {name: values[p] for name, p in model.named_parameters(remove_duplicate=False) if p in values}
 
@@ -562,6 +572,65 @@ def test_vectors_are_rounded_straight_through():
     (loss, ours), (plain_loss, theirs) = gradients(model), gradients(plain)
     assert torch.equal(loss, plain_loss) and all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
     assert all(torch.equal(value, plain.get_parameter(name)) for name, value in served_parameters(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float_matrices_are_rounded_straight_through(family, tied):
+    """Those of a model that is not quantized at all; a head that no loss has called has not been read either."""
+    model, plain = FAMILIES[family](tie_word_embeddings=tied), FAMILIES[family](tie_word_embeddings=tied)
+    round_matrices(model)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.copy_(p.bfloat16().float() if p.ndim >= 2 else p)
+    model.base_model(IDS, **({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}))
+    if "bart" in family and not tied:
+        with pytest.raises(ConfigError, match="1 of 22 quantizers never ran: model.shared.weight"):  # which nothing reads
+            check_all_ran(model)
+    else:
+        check_all_ran(model)
+    (loss, ours), (plain_loss, theirs) = gradients(model), gradients(plain)
+    assert torch.equal(loss, plain_loss) and all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
+    assert all(torch.equal(value, plain.get_parameter(name)) for name, value in served_parameters(model))
+    assert {p for p in read_in_bf16(model)} == {p for p in model.parameters() if p.ndim >= 2}
+
+
+def test_what_is_read_in_bf16_alone():
+    model = FAMILIES["gpt2"]()
+    quantize_model(model, settings(2, 2, None, vectors="bf16", float_head=True), rounded=True)
+    assert set(read_in_bf16(model)) == {p for name, p in model.named_parameters() if not is_learned_scale(name)}
+    model = FAMILIES["gpt2"]()
+    quantize_model(model, settings(2, 2, None, float_head=True))
+    assert read_in_bf16(model) == []
+    del model.lm_head.weight  # a holder that reads it as it is
+    round_matrices(model)
+    model.lm_head.weight = model.transformer.wpe.weight
+    assert set(read_in_bf16(model)) == set()
+
+
+def test_a_matrix_that_is_read_without_calling_its_module_cannot_be_rounded():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return F.linear(self.called(x), self.read.weight)
+
+    wrapper = nn.ModuleDict({"model": Reader()})
+    round_matrices(wrapper["model"])
+    wrapper["model"](torch.randn(1, 8))
+    with pytest.raises(ConfigError, match=r"1 of 2 quantizers never ran: model\.read\.weight.*precision: bf16 where they are float"):
+        check_all_ran(wrapper)
+
+
+def test_coverage_of_earlier_runs_has_no_rounding():
+    coverage, rounded = (quantize_model(FAMILIES["gpt2"](), settings(), rounded=which) for which in (False, True))
+    rows = json.loads(coverage.to_json())
+    for row in rows:
+        if row["quantizer"] is not None:
+            assert row["quantizer"].pop("rounded") is False
+    assert Coverage.from_json(json.dumps(rows)) == coverage != rounded == Coverage.from_json(rounded.to_json())
 
 
 def test_portable_scales_are_the_default_and_fp32_ones_are_not_snapped():
