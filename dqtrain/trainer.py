@@ -47,8 +47,8 @@ class Trainer:
     saver: checkpoint.Saver = field(init=False)
 
     def __post_init__(self) -> None:
-        keep = self.config.checkpoint
-        self.saver = checkpoint.Saver(self.run.checkpoints, self.world, keep.keep_last, keep.keep_every, partial(self.run.event, "checkpoint"))
+        keep = self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
+        self.saver = checkpoint.Saver(self.run.checkpoints, self.world, *keep, partial(self.run.event, "checkpoint"))
 
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
