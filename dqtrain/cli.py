@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     queue.add_argument("--dry-run", action="store_true", help="print the sbatch command and the script, and touch nothing")
     sweep = command(
         "sweep",
-        "train one config over a grid of values, as a Slurm array with a node for each point, or here; a finished point is not run again",
+        "train one config over a grid of values, as a Slurm array with each point on one node, or here; a finished point is not run again",
         "dqtrain sweep configs/sweeps/example.yaml --site slurm/sites/example.yaml --time 4:00:00\n  dqtrain sweep configs/sweeps/example.yaml --here --ranks 2",
     )
     sweep.add_argument(
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of each start of a point (default: the site's); the run goes on after it")
     sweep.add_argument("--dry-run", action="store_true", help="print the points and the batch script, and touch nothing")
     shown = command("status", "what runs do, where their time went, when they will be done", "dqtrain status runs/mine")
+    shown.add_argument("--watch", action="store_true", help="drawn anew every 2 s, until Ctrl-C")
     shown.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories (default: all in runs/)")
     logs = command("logs", "what a run prints", "dqtrain logs -f runs/mine")
     logs.add_argument("run", type=Path, help="run directory")
@@ -237,11 +238,11 @@ def sweep_here(found: Sequence[Point], ranks: int, dry_run: bool) -> int:
     for point in waiting:
         check_ranks(point.config.train, ranks)
         point.run.check_claim(point.config)
+    if dry_run:
+        print("\n".join(["one after the other:", *(f"  {point.run.path}" for point in waiting)]))
+        return 0
     codes = []
     for point in waiting:
-        if dry_run:
-            print(point.run.path)
-            continue
         codes.append(train(point.config, ranks))
         if codes[-1] == Stopped.exit_code:
             return codes[-1]
@@ -288,11 +289,14 @@ def resume(path: Path, ranks: int | None = None, here: bool = False, new_code: b
     return train(config, ranks if ranks is not None else started[-1] if started else 1)
 
 
-def _show_status(paths: Sequence[Path]) -> int:
-    """Print what each run does."""
+def _show_status(paths: Sequence[Path], is_watched: bool) -> int:
+    """Print what each run does, once or until Ctrl-C."""
     found = list(paths) or sorted(file.parent for file in Path("runs").glob("*/run.yaml"))
     if not found:
         raise ConfigError("there are no runs in ./runs. Name run directories.")
+    if is_watched:
+        status.watch(found)
+        return 0
     for path in found:
         print(status.status(path), flush=True)
     return 0
@@ -335,7 +339,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print(submit_sweep(found, new_launch(load_site(args.site), (1, 1), args.time), asked.runs, args.dry_run))
         return 0
     if args.command == "status":
-        return _show_status(args.runs)
+        return _show_status(args.runs, args.watch)
     if args.command == "logs":
         status.logs(args.run, args.rank, args.follow)
         return 0

@@ -78,9 +78,13 @@ def sbatch(arguments: Sequence[str], patience_s: float = 0.0) -> str:
     """Submit a job; its id. Raises SlurmError with what sbatch said, ConfigError where there is no sbatch.
 
     It is tried again for `patience_s` seconds only where the request cannot have arrived, for a second copy of a job is worse than none.
-    The variables of a job that this process runs in are not passed on.
+    The job gets the variables that `--export=NAME,...` names, and no others. They are picked out here: asked to do so,
+    sbatch makes the node start a login shell besides, and while that takes its time, slurmctld may take the job for lost.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in _OWN_SETTINGS}
+    prefix = "--export="
+    kept = {name for argument in arguments if argument.startswith(prefix) for name in argument.removeprefix(prefix).split(",")}
+    arguments = [f"{prefix}ALL" if argument.startswith(prefix) else argument for argument in arguments]
+    environment = {name: value for name, value in os.environ.items() if name in kept or name in _OWN_SETTINGS or name.startswith("SBATCH_")}
     said = _call(["sbatch", "--parsable", *arguments], patience_s, _UNREACHED, environment)
     ids = [line.split(";")[0] for line in said.splitlines() if re.fullmatch(r"\d+(;.*)?", line.strip())]  # some sites print more
     if not ids:
@@ -115,7 +119,7 @@ def find_job(job: str, patience_s: float = 0.0) -> Job | None:
     try:
         said = _call(["scontrol", "show", "job", "--oneliner", job], patience_s)
     except SlurmError as error:
-        if "Invalid job id" in str(error):
+        if "Invalid job id" in str(error) or f"Job {job} not found" in str(error):  # the latter of a task of an array that was cancelled before it began
             return None
         raise
     fields: dict[str, str] = {}
@@ -168,7 +172,7 @@ def _call(command: Sequence[str], patience_s: float = 0.0, again: re.Pattern[str
 def _call_once(command: Sequence[str], environment: Mapping[str, str] | None) -> str:
     require(command[0])
     shown = " ".join(command[:3])
-    plain = {**(os.environ if environment is None else environment), "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
+    plain = {**os.environ, "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"} if environment is None else environment
     try:
         done = subprocess.run(command, env=plain, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:

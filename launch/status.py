@@ -16,13 +16,16 @@ from typing import Any, Literal
 from dqtrain.errors import ConfigError, UserError
 from dqtrain.rundir import RunDir
 from launch import slurm
-from launch.submit import Launch, load_launch, read_excluded
+from launch.submit import Launch, living_owner, load_launch, newest_job, read_excluded
 
 TAIL_BYTES = 1 << 16
 """What is read of the end of a log."""
 
 FOLLOWED_BYTES = 1 << 12
 """What `logs -f` shows of what was there before."""
+
+REDRAW_S = 2.0
+"""Seconds between two views of what is watched."""
 
 POLL_S = 0.5
 """Seconds between two looks at a log that is followed."""
@@ -170,16 +173,32 @@ def status(path: Path) -> str:
     return _text(lines)
 
 
+def watch(paths: Sequence[Path]) -> None:
+    """Show what `status` says of some runs, drawn anew every REDRAW_S, until Ctrl-C. Raises ConfigError for a path that is no run."""
+    from rich.live import Live  # it takes longer to import than all else here
+    from rich.text import Text
+
+    def draw() -> Text:
+        return Text("\n".join(status(path) for path in paths))
+
+    try:
+        # Drawn from here, not from a thread of rich's: a screen that is too small shows the beginning.
+        with Live(draw(), auto_refresh=False) as live:
+            while True:
+                time.sleep(REDRAW_S)
+                live.update(draw(), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
 def _text(lines: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:<11}{text}" if name else text for name, text in lines)
 
 
 def _job(launch: Launch | None) -> tuple[slurm.Job | None, str | None]:
     """The run's newest job, and what went wrong in asking for it."""
-    if launch is None or launch.job is None:
-        return None, None
     try:
-        return slurm.find_job(launch.job), None
+        return newest_job(launch) if launch is not None else None, None
     except UserError as error:
         return None, str(error)
 
@@ -188,7 +207,7 @@ def _now(run: RunDir, launch: Launch | None, job: slurm.Job | None, problem: str
     """What a run does, and how that is said."""
     if run.result.exists():
         return "rests", "finished"
-    owner = run.live_owner()
+    owner = run.live_owner() if launch is None or problem is not None else living_owner(run, launch)
     if owner is not None and (job is None or not job.is_live):
         return "runs", f"running as process {owner['pid']} on {owner['host']}"
     if launch is not None and problem is not None:

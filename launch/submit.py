@@ -216,27 +216,41 @@ def record(job: str, run: RunDir) -> None:
     run.event("submit", job=job, nodes=launch.asked_nodes)
 
 
+def newest_job(launch: Launch) -> slurm.Job | None:
+    """What Slurm knows of the newest job; None where there is none, and for one that it has forgotten. Raises SlurmError when it does not say."""
+    if launch.job is None:
+        return None
+    try:
+        return slurm.find_job(launch.job)
+    except slurm.SlurmError as error:
+        if f"Job {launch.job} not found" in str(error):  # so it says of an array's task that was cancelled before it began
+            return None
+        raise
+
+
 def refuse_live(run: RunDir) -> None:
     """Raise ConfigError when the run's newest job is queued or runs, or somebody else runs it; SlurmError when Slurm does not say."""
     launch = load_launch(run)
-    jobs: tuple[str | None, ...] = ()
     if launch is not None:
         refuse_live_job(launch, run)
-        jobs = (launch.job, *launch.history)
+    if living_owner(run, launch) is not None:
+        run.refuse_if_owned()
+
+
+def living_owner(run: RunDir, launch: Launch | None) -> dict[str, Any] | None:
+    """`RunDir.live_owner`, but None for one whose job has ended, as Slurm knows sooner than its heartbeat tells. Raises SlurmError when Slurm does not say."""
     owner = run.live_owner()
-    if owner is None:
-        return
-    if owner["job"] is not None:
-        # An owner in a job that has ended is dead, whatever its heartbeat. A job that Slurm never knew may be another cluster's.
-        job = slurm.find_job(owner["job"])
-        if owner["job"] in jobs or job is not None and not job.is_live:
-            return
-    run.refuse_if_owned()
+    if owner is None or owner["job"] is None:
+        return owner
+    job = slurm.find_job(owner["job"])
+    # A job that Slurm does not know is one of this run's that it has forgotten, or another cluster's.
+    has_ended = not job.is_live if job is not None else launch is not None and owner["job"] in (launch.job, *launch.history)
+    return None if has_ended else owner
 
 
 def refuse_live_job(launch: Launch, run: RunDir) -> None:
     """Raise ConfigError when the newest job of the run is queued or runs; SlurmError when Slurm does not say."""
-    job = slurm.find_job(launch.job) if launch.job is not None else None
+    job = newest_job(launch)
     if job is not None and job.is_live:
         raise ConfigError(f"{run.path} has a job already: {launch.job}, {job.state.lower()}. `dqtrain stop {run.path}` ends it; then submit again.")
 

@@ -42,7 +42,6 @@ _SILENT = "no answer"
 _KILL_S = 30.0
 _PORTS = range(20000, 32768)  # below those that the system gives to outgoing connections
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (.+)")
-_NODE_FAILED = re.compile(r"srun: error: Node failure on (\S+)")
 _OCCASION: dict[int | None, str] = {
     signal.SIGUSR1: "before the time limit",
     signal.SIGTERM: "as Slurm ends the job",
@@ -53,11 +52,11 @@ _BY_LAUNCHER = ("Terminated", "Exited with exit code 143")  # how the peers of a
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a start ended and what follows: nothing; another start, as long as such starts make progress or in any case, which Slurm may see to."""
+    """How a start ended and what follows: nothing; another start; another start as long as such starts make progress."""
 
     code: int
     why: str
-    then: Literal["end", "again", "again if progress", "requeued by Slurm"]
+    then: Literal["end", "again", "again if progress"]
     bad: Mapping[str, str] = field(default_factory=dict)
     """Node to be avoided from now on -> why."""
 
@@ -125,15 +124,20 @@ class Supervisor:
         """Return when nobody runs the run. Raises ConfigError while another job, or a process on another machine, does."""
         while owner := self.run.live_owner():
             job = slurm.find_job(owner["job"], PATIENCE_S) if owner["job"] is not None else None
-            if owner["job"] is None or job is not None and job.is_live and job.state not in ("COMPLETING", "PENDING"):
-                self.run.refuse_if_owned()
-            elif job is None or job.state != "COMPLETING":
+            # A job that Slurm does not know is one of this run's that it has forgotten, or another cluster's.
+            is_over = job.state == "PENDING" or not job.is_live if job is not None else owner["job"] in (self.launch.job, *self.launch.history)
+            if is_over and owner["job"] is not None:
                 self._ended_job = owner["job"]  # it left without a word, and Slurm knows sooner than the heartbeat tells
                 return
+            if job is None or job.state != "COMPLETING":
+                self.run.refuse_if_owned()
             time.sleep(_POLL_S)
 
     def nodes_lost_before(self) -> dict[str, str]:
-        """Node that is down now and was one of the last start's, if Slurm ended that -> why it is to be avoided."""
+        """Node that is down now and was one of the last start's, if that left no word -> why it is to be avoided.
+
+        When a node fails, Slurm ends all of the job at once, this process too, and requeues it.
+        """
         events = self.run.read_events()
         start = max((index for index, event in enumerate(events) if event["event"] == "job_start"), default=None)
         if start is None or any(event["event"] in ("srun_end", "job_end", "requeue", "successor") for event in events[start:]):
@@ -255,9 +259,6 @@ class Supervisor:
             # A signal that comes while a rank's Python starts kills it, and there is nothing to save.
             what = "nothing to save" if cause is None or cause["step"] is None else f"saved at step {cause['step']}"
             return Outcome(Stopped.exit_code, f"{what} {_OCCASION[ended.signal]}", "again")
-        lost = {node: "Slurm lost it" for match in map(_NODE_FAILED.match, ended.said) if match for node in slurm.expand(match[1])}
-        if lost:
-            return Outcome(1, f"Slurm lost {', '.join(lost)}", "requeued by Slurm", lost)
         if task := next((match for match in map(_TASK_ENDED.match, ended.said) if match and match[3] not in _BY_LAUNCHER), None):
             node, rank, how = task.groups()
             exited = re.fullmatch(r"Exited with exit code (\d+)", how)
@@ -279,9 +280,6 @@ class Supervisor:
         self.exclude(outcome.bad)
         if outcome.then == "end":
             return self.end(outcome.code, outcome.why)
-        if outcome.then == "requeued by Slurm":
-            self.run.event("requeue", job=self.job, why=outcome.why, announced=False)
-            return outcome.code
         if self.stop_was_asked_for():
             return self.stopped()
         if outcome.then == "again if progress" and (starts := self.starts_without_progress()) > self.launch.site.max_restarts:

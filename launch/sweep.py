@@ -17,7 +17,7 @@ from dqtrain.config import PASSIVE, Block, RunConfig, differences, load_block, l
 from dqtrain.errors import ConfigError
 from dqtrain.rundir import RunDir
 from launch import slurm
-from launch.submit import SCRIPT, Launch, batch_flags, check, load_launch, provide, read_excluded, record, refuse_live
+from launch.submit import SCRIPT, Launch, batch_flags, check, living_owner, load_launch, newest_job, provide, read_excluded, record
 
 NAME_BYTES = 200
 """The longest name of a point's directory."""
@@ -60,11 +60,11 @@ def load_sweep(path: Path) -> Sweep:
 
 def points(sweep: Sweep, overrides: Sequence[str]) -> list[Point]:
     """The runs of a sweep in the order of its grid, each with a valid config; `overrides` are for all. Raises ConfigError that names the point."""
-    taken = {override.partition("=")[0] for override in overrides} | {"run.dir"}
-    for key in sweep.grid:
-        if key in taken:
-            what = "is made from the grid's values" if key == "run.dir" else "is given for all points too"
-            raise ConfigError(f"grid: {key} {what}, and cannot be one of its fields. Remove one of the two.")
+    given = {override.partition("=")[0] for override in overrides}
+    if "run.dir" in given | sweep.grid.keys():
+        raise ConfigError("run.dir is a folder of `runs` for each point, named after its values, and cannot be given. Remove it, and set `runs`.")
+    if given & sweep.grid.keys():
+        raise ConfigError(f"{', '.join(sorted(given & sweep.grid.keys()))} is in the grid and is given for all points too. Remove one of the two.")
     found: dict[str, Point] = {}
     for values in itertools.product(*sweep.grid.values()):
         chosen = dict(zip(sweep.grid, values, strict=True))
@@ -92,7 +92,7 @@ def submit_sweep(found: Sequence[Point], launch: Launch, folder: Path, dry_run: 
 
     A dry run gives the script, and touches nothing. Everything is refused that `submit` refuses, before any point is queued. Raises ConfigError, SlurmError.
     """
-    states = [_state(point, dry_run) for point in found]
+    states = [_state(point) for point in found]
     waiting = [point for point, state in zip(found, states, strict=True) if state == "waits"]
     rest = [f"{states.count(state)} {said}" for state, said in _SAID.items() if state in states]
     if not waiting:
@@ -130,14 +130,9 @@ State = Literal["waits", "runs", "finished"]
 _SAID: dict[State, str] = {"finished": "finished already", "runs": "queued or running already"}
 
 
-def _state(point: Point, dry_run: bool) -> State:
+def _state(point: Point) -> State:
     if point.is_finished:
         return "finished"
-    try:
-        if dry_run and load_launch(point.run) is None:
-            point.run.refuse_if_owned()
-        else:
-            refuse_live(point.run)
-    except ConfigError:
-        return "runs"
-    return "waits"
+    launch = load_launch(point.run)
+    job = newest_job(launch) if launch is not None else None
+    return "runs" if job is not None and job.is_live or living_owner(point.run, launch) is not None else "waits"

@@ -2,6 +2,9 @@
 
 import json
 import os
+import pty
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -227,6 +230,32 @@ def test_all_runs_of_the_folder(run: RunDir, capsys: pytest.CaptureFixture[str],
     for name in "ba":
         (run.path / "runs" / name).symlink_to(run.path)
     assert [line for line in shown(capsys) if not line.startswith(" ")] == [f"runs/{name}: not running; `dqtrain resume runs/{name}` goes on" for name in "ab"]
+
+
+def test_a_watched_run_is_drawn_anew_until_ctrl_c(run: RunDir) -> None:
+    screen, terminal = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "150", "LINES": "30"}
+    command = [sys.executable, "-m", "dqtrain", "status", "--watch", str(run.path)]
+    seen = ""
+
+    def until_seen(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([screen], [], [], 0.2)[0]:
+                seen += os.read(screen, 1 << 16).decode()
+
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, env=environment) as process:
+        until_seen("10 of 20 (50%)")
+        with run.log.open("a") as log:
+            log.write(json.dumps({"step": 15, "tokens": 3, "loss": 4.0, "tokens_per_s": 10.0, "eta_s": 5.0, "time": BEGIN.isoformat()}) + "\n")
+        until_seen("15 of 20 (75%)")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+    os.close(terminal)
+    os.close(screen)
+    assert "Traceback" not in seen and "\x1b[1A" in seen  # over the earlier view
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "stop"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from conftest import write_corpus
 from dqtrain.cli import main
 from dqtrain.config import load_config
 from dqtrain.rundir import RunDir
-from launch.submit import ROOT, load_launch
+from launch.site import load_site
+from launch.submit import ROOT, load_launch, new_launch, save_launch
 from launch.sweep import load_sweep, points
 
 CONFIG = """\
@@ -79,7 +81,8 @@ def test_the_example() -> None:
 
 def test_values_of_all_kinds_arrive(files: Path) -> None:
     layers = [None, 1, [0, 2]]
-    quants = [None, {"linears": {"bits": 2}}]
+    linears = {"bits": 2, "granularity": "per_tensor"}
+    quants = [None, {"linears": linears, "embeddings": None, "positions": None, "activations": None}]
     write_sweep(files, {"student.decoder_layers": layers, "quant": quants, "data.validation": [f"{files}/é 'x'.jsonl"]})
     settings = ["student={init_from: m}", "data.train_tokenizer=null"]
     found = points(load_sweep(files / "sweep.yaml"), settings)
@@ -95,9 +98,9 @@ def test_values_of_all_kinds_arrive(files: Path) -> None:
         ({"data.validation": ["a/b", "a-b"]}, [], "two points would be"),
         ({"train.stpes": [1]}, [], "point train.stpes=1: command line: train.stpes: unknown key. Did you mean `steps`?"),
         ({"train.steps": [3, "many"]}, [], 'point train.steps=many: command line: train.steps: is "many"'),
-        ({"run.dir": ["a"]}, [], "grid: run.dir is made from the grid's values"),
-        ({"train.lr": [0.1]}, ["train.lr=0.2"], "grid: train.lr is given for all points too"),
-        ({"run.seed": [1]}, ["run.dir=a"], "run.dir"),
+        ({"run.dir": ["a"]}, [], "run.dir is a folder of `runs` for each point"),
+        ({"train.lr": [0.1]}, ["train.lr=0.2"], "train.lr is in the grid and is given for all points too"),
+        ({"run.seed": [1]}, ["run.dir=a"], "run.dir is a folder of `runs` for each point"),
         ({"train.lr": []}, [], "sweep.yaml:4: grid.train.lr: "),
         ({}, [], "sweep.yaml:3: grid: "),
         ({"data.train": ["builtin:python-stdlib", "nowhere.jsonl"]}, [], "data: nowhere.jsonl is not a file."),
@@ -137,7 +140,7 @@ gpus_per_node: 8
 cpus_per_rank: 6
 memory: 200G
 account: a1
-modules: [cuda/12.8, a b]
+modules: [cuda/12.8]
 time: 1-02:00:00
 flags: [--constraint=a100, --exclusive, --comment=two words]
 """
@@ -145,7 +148,7 @@ flags: [--constraint=a100, --exclusive, --comment=two words]
 
 def test_a_dry_run_prints_the_script_and_touches_nothing(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(files))
-    (files / "site.yaml").write_text(SITE.replace(", a b", ""))
+    (files / "site.yaml").write_text(SITE)
     before = snapshot(files)
     assert main(arguments(files, "--dry-run")) == 0
     assert snapshot(files) == before
@@ -154,11 +157,36 @@ def test_a_dry_run_prints_the_script_and_touches_nothing(files: Path, capsys: py
     flags = {word for line in script.splitlines() if line.startswith("#SBATCH ") for word in shlex.split(line)[1:]}
     assert flags == {
         "--requeue", "--job-name=dqtrain-runs", f"--chdir={Path.cwd()}", "--account=a1", "--nodes=1", "--ntasks-per-node=8", "--cpus-per-task=6", "--gpus-per-node=8",
-        "--mem=200G", "--time=1-02:00:00", "--signal=B:USR1@180", "--export=HOME,LANG,LC_ALL,LOGNAME,PATH,SHELL,TZ,USER", "--constraint=a100", "--exclusive",
+        "--mem=200G", "--time=1-02:00:00", "--signal=B:USR1@180", "--export=ALL", "--constraint=a100", "--exclusive",
         "--comment=two words", "--array=0-3%4", "--open-mode=append", f"--output={files}/runs/.array/%A_%a_0_log.out",
     }  # fmt: skip
     assert "module load cuda/12.8 || exit 2" in script
     assert script.rstrip().splitlines()[-1] == f"exec {sys.executable} -u -m submitit.core._submit {files}/runs/.array"
+
+
+def test_a_point_that_somebody_runs_is_left_alone(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = points(load_sweep(files / "sweep.yaml"), [])
+    found[1].run.acquire()
+    assert main(arguments(files, "--dry-run")) == 0
+    assert capsys.readouterr().out.partition("\n\n")[0].splitlines()[1:] == [f"  {files}/runs/{name}" for name in NAMES if name != NAMES[1]]
+    # What Slurm alone can tell is not guessed.
+    found[0].run.claim(found[0].config)
+    save_launch(new_launch(load_site(files / "site.yaml"), (1, 1), None).followed_by("7_0"), found[0].run)
+    monkeypatch.setenv("PATH", str(files))
+    assert main(arguments(files, "--dry-run")) == 2
+    assert "scontrol is not on this machine's PATH" in capsys.readouterr().err
+
+
+def test_a_dry_run_here(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(files)
+    command = ["sweep", str(files / "sweep.yaml"), "--here", "--dry-run"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines() == ["one after the other:", *(f"  {files}/runs/{name}" for name in NAMES)]
+    assert main([*command, "--ranks", "9"]) == 2
+    assert "a step has 8 micro-batches" in capsys.readouterr().err
+    assert main([*command, "--time", "1:00:00"]) == 2
+    assert main(arguments(files, "--ranks", "2")) == 2
+    assert snapshot(files) == before
 
 
 def test_help_is_fast_and_knows_no_submitit() -> None:
@@ -201,7 +229,7 @@ def dqtrain(cluster: Cluster) -> Callable[..., str]:
     """The command line on the login node."""
 
     def run(*words: object, code: int = 0) -> str:
-        done = cluster.devcluster("run", "env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "dqtrain", *words)
+        done = cluster.devcluster("run", "env", f"PYTHONPATH={ROOT}", "LEFT_BEHIND=1", sys.executable, "-m", "dqtrain", *words)
         assert done.returncode == code, done
         return done.stdout + done.stderr
 
@@ -227,12 +255,10 @@ def test_an_array_waits_and_one_task_leaves_it(cluster: Cluster, dqtrain: Callab
     assert (files / f"runs/.array/{array}_submission.sh").read_text().rstrip() == script
     assert dqtrain(*arguments(files)) == f"{files}/runs: nothing to do; 4 queued or running already.\n"
     assert dqtrain("stop", runs[2].path) == f"job {array}_2 has left the queue. `dqtrain resume {runs[2].path}` goes on.\n"
-    assert f"not running; job {array}_2 is cancelled; " in dqtrain("status", runs[2].path)
+    assert f"not running; job {array}_2 is not known to Slurm any more; " in dqtrain("status", runs[2].path)
     shown = dqtrain("status", *(run.path for run in runs))
     assert [f"job {array}_{task} is queued (BeginTime)" in shown for task in range(4)] == [True, True, False, True]
     assert "submitted 1 run as job " in dqtrain(*arguments(files)) and job_of(runs[2]).isdecimal()
-    for run in runs:
-        dqtrain("stop", run.path)
 
 
 def test_what_slurm_refuses_is_said_once(cluster: Cluster, dqtrain: Callable[..., str], files: Path) -> None:
@@ -244,29 +270,28 @@ def test_what_slurm_refuses_is_said_once(cluster: Cluster, dqtrain: Callable[...
 
 @pytest.mark.slow
 def test_a_killed_task_is_seen_and_submitted_again_and_a_requeued_one_goes_on(cluster: Cluster, dqtrain: Callable[..., str], files: Path) -> None:
-    write_sweep(files, {"run.seed": [1, 2], "train.steps": [200]})
+    write_sweep(files, {"run.seed": [1, 2], "train.steps": [300], "checkpoint.every_steps": [20]})
     dqtrain(*arguments(files))
-    runs = [RunDir(files / f"runs/run.seed={seed},train.steps=200") for seed in (1, 2)]
+    runs = [RunDir(files / f"runs/run.seed={seed},train.steps=300,checkpoint.every_steps=20") for seed in (1, 2)]
     jobs = [job_of(run) for run in runs]
-    for run in runs:
-        until(lambda run=run: run.log.exists() and run.log.read_text().count("\n") >= 3, SLOW_S)
-    for folder in Path("/proc").glob("[0-9]*"):  # the second stands still, so that it cannot end first
-        try:
-            if f"launch.task\0{runs[1].path}\0" in (folder / "cmdline").read_text():
-                os.kill(int(folder.name), signal.SIGSTOP)
-        except OSError:
-            continue
+    until(lambda: runs[0].newest_step(), SLOW_S)
     cluster.run("scancel", "--batch", "--signal=USR1", jobs[0])
-    cluster.run("scancel", "--signal=KILL", "--full", jobs[1])
+    until(lambda: runs[1].newest_step(), SLOW_S)
+    for module in ("supervisor", "task"):  # the one that could tell first
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if f"launch.{module}\0{runs[1].path}\0" in (folder / "cmdline").read_text():
+                    assert "LEFT_BEHIND" not in (folder / "environ").read_text()
+                    os.kill(int(folder.name), signal.SIGKILL)
     killed = time.monotonic()
-    until(lambda: f"not running; job {jobs[1]} is " in dqtrain("status", runs[1].path), 60)
-    assert time.monotonic() - killed < 60
+    until(lambda: f"not running; job {jobs[1]} is failed" in dqtrain("status", runs[1].path), 60)
+    assert time.monotonic() - killed < 60 and runs[1].owner.exists()
     assert "submitted 1 run as job " in dqtrain(*arguments(files)) and job_of(runs[1]) != jobs[1]
     for run in runs:
         until(run.result.exists, SLOW_S)
     assert job_of(runs[0]) == jobs[0]
     ends = [[event["event"] for event in run.read_events() if event["event"] in ("requeue", "start", "resume", "finished")] for run in runs]
     assert ends == [["start", "requeue", "resume", "finished"], ["start", "resume", "finished"]]
-    assert [[json.loads(line)["step"] for line in run.log.read_text().splitlines()] == list(range(1, 201)) for run in runs] == [True, True]
-    assert "200/200" in dqtrain("logs", runs[0].path)
+    assert [[json.loads(line)["step"] for line in run.log.read_text().splitlines()] == list(range(1, 301)) for run in runs] == [True, True]
+    assert "300/300" in dqtrain("logs", runs[0].path)
     until(lambda: [": finished" in dqtrain("status", run.path) for run in runs] == [True, True])
