@@ -15,7 +15,11 @@ from dqtrain.files import DISK_ERRORS
 from dqtrain.plan import GPUS, cheapest, fastest, plan
 from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.signals import stop_at_once
+from launch import status
 from launch.local import run_ranks
+from launch.site import load_site
+from launch.submit import load_launch, new_launch, refuse_live_job, submit
+from launch.sweep import Point, load_sweep, points, submit_sweep
 
 DESCRIPTION = "Make a generative language model small: joint distillation and quantization-aware training."
 
@@ -25,6 +29,9 @@ EXAMPLES = """examples:
   dqtrain resume runs/mine                               continue after Ctrl-C, a kill or a full disk
   dqtrain inspect MODEL --quant 2-2-8                    what it does to a model, before any training
   dqtrain plan configs/causal.yaml teacher.path=DIR --nodes 2 --gpus 8 --gpu h100    what a run takes, before it costs a GPU hour
+  dqtrain submit configs/causal.yaml --site mysite.yaml --nodes 4 --time 24:00:00 teacher.path=DIR data.train=FILE.jsonl run.dir=runs/mine
+  dqtrain sweep configs/sweeps/example.yaml --here       the same config over a grid of values; as a Slurm array with --site
+  dqtrain status runs/mine                               what a run does; logs, stop and resume take the same
   dqtrain eval runs/mine --split validation
   dqtrain generate runs/mine/artifact/packed "Once upon a time"
 
@@ -36,6 +43,15 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a count of 1 or more")
     return int(text)
+
+
+def _nodes(text: str) -> tuple[int, int]:
+    """`4`, or `2-4`: the fewest and the most."""
+    fewest, dash, most = text.partition("-")
+    found = _positive(fewest), _positive(most if dash else fewest)
+    if found[0] > found[1]:
+        raise argparse.ArgumentTypeError(f"{text}: the fewest nodes come first, as in {found[1]}-{found[0]}")
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,9 +68,46 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
     train.add_argument("--ranks", type=int, help="processes to start here (default 1); under torchrun each process is one rank already")
-    resume = command("resume", "continue a run the way it was started", "dqtrain resume runs/mine")
+    resume = command("resume", "continue a run the way it was started: here, or as a Slurm job", "dqtrain resume runs/mine")
     resume.add_argument("run", type=Path, help="run directory")
-    resume.add_argument("--ranks", type=int, help="another number of processes")
+    resume.add_argument("--ranks", type=int, help="another number of processes; here alone")
+    resume.add_argument("--here", action="store_true", help="on this machine, although it was submitted")
+    resume.add_argument("--new-code", action="store_true", help="with the dqtrain that is installed now, instead of the run's own copy of its first submission")
+    queue = command(
+        "submit",
+        "train as a Slurm job, which goes on after time limits, preemptions and lost nodes; what cannot run is refused before it is queued",
+        "dqtrain submit configs/causal.yaml --site slurm/sites/example.yaml --nodes 4 --time 24:00:00 teacher.path=DIR data.train=a.jsonl run.dir=runs/mine",
+    )
+    queue.add_argument("config", type=Path, help="YAML file")
+    queue.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    queue.add_argument("--site", type=Path, required=True, metavar="YAML", help="what this cluster asks of a job; slurm/sites/example.yaml explains it")
+    queue.add_argument("--nodes", type=_nodes, default=(1, 1), metavar="N|N-M", help="nodes (default 1); 2-4: as many of 4 as there are, but 2 or more")
+    queue.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of each start (default: the site's); the run goes on after it")
+    queue.add_argument("--dry-run", action="store_true", help="print the sbatch command and the script, and touch nothing")
+    sweep = command(
+        "sweep",
+        "train one config over a grid of values, as a Slurm array with each point on one node, or here; a finished point is not run again",
+        "dqtrain sweep configs/sweeps/example.yaml --site slurm/sites/example.yaml --time 4:00:00\n  dqtrain sweep configs/sweeps/example.yaml --here --ranks 2",
+    )
+    sweep.add_argument(
+        "sweep", type=Path, help="YAML file: config, runs and grid; configs/sweeps/example.yaml explains it. Points of more nodes: `dqtrain submit`"
+    )
+    sweep.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config of all points")
+    where = sweep.add_mutually_exclusive_group(required=True)
+    where.add_argument("--site", type=Path, metavar="YAML", help="what this cluster asks of a job")
+    where.add_argument("--here", action="store_true", help="one after the other on this machine")
+    sweep.add_argument("--ranks", type=_positive, help="processes of a point; with --here alone (default 1)")
+    sweep.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of each start of a point (default: the site's); the run goes on after it")
+    sweep.add_argument("--dry-run", action="store_true", help="print the points and the batch script, and touch nothing")
+    shown = command("status", "what runs do, where their time went, when they will be done", "dqtrain status runs/mine")
+    shown.add_argument("--watch", action="store_true", help="drawn anew every 2 s, until Ctrl-C")
+    shown.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories (default: all in runs/)")
+    logs = command("logs", "what a run prints", "dqtrain logs -f runs/mine")
+    logs.add_argument("run", type=Path, help="run directory")
+    logs.add_argument("-f", dest="follow", action="store_true", help="the end of it, and what is added until the run is finished")
+    logs.add_argument("--rank", type=int, default=0, help="rank (default 0)")
+    stopping = command("stop", "let a run save and end, or take it out of the queue", "dqtrain stop runs/mine")
+    stopping.add_argument("run", type=Path, help="run directory")
     prepare = command("prepare", "make the tokenizer and the token shards of a config (train does it too)", "dqtrain prepare configs/quickstart-teacher.yaml")
     prepare.add_argument("config", type=Path, help="YAML file")
     prepare.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
@@ -168,6 +221,7 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
     _check_paths(config)
     check_ranks(config.train, ranks)
     run = RunDir(config.run.dir)
+    run.check_claim(config)
     run.refuse_if_owned()
     print(f"{'starting' if run.claim(config) == 'start' else 'continuing'} {run.path} on {ranks} rank{'s' if ranks > 1 else ''}", flush=True)
     run.event("launch", ranks=ranks)
@@ -176,6 +230,24 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
         others = f" The other ranks' output is in {run.path}/rank-*.log." if ranks > 1 else ""
         print(f"dqtrain: exit {code}.{others} `dqtrain resume {run.path}` continues.", file=sys.stderr)
     return code
+
+
+def sweep_here(found: Sequence[Point], ranks: int, dry_run: bool) -> int:
+    """Train the points that are not finished one after the other; 75 when one was stopped, else the first exit code that is not 0."""
+    waiting = [point for point in found if not point.is_finished]
+    for point in waiting:
+        check_ranks(point.config.train, ranks)
+        point.run.check_claim(point.config)
+    if dry_run:
+        print("\n".join(["one after the other:", *(f"  {point.run.path}" for point in waiting)]))
+        return 0
+    codes = []
+    for point in waiting:
+        codes.append(train(point.config, ranks))
+        if codes[-1] == Stopped.exit_code:
+            return codes[-1]
+    print(f"{len(found) - len(waiting)} of {len(found)} points were finished before, {codes.count(0)} are now.")
+    return next((code for code in codes if code), 0)
 
 
 def cache_teacher(config: RunConfig, ranks: int | None = None) -> int:
@@ -195,13 +267,39 @@ def cache_teacher(config: RunConfig, ranks: int | None = None) -> int:
     return run_ranks([sys.executable, "-m", "dqtrain", "cache-teacher", str(run.config)], 1 if ranks is None else ranks, run)
 
 
-def resume(path: Path, ranks: int | None = None) -> int:
-    """Continue an unfinished run with as many ranks as it was last started with."""
+def resume(path: Path, ranks: int | None = None, here: bool = False, new_code: bool = False) -> int:
+    """Continue an unfinished run the way it was last started: here with as many ranks, or as a Slurm job."""
     run = RunDir(path)
     config = run.load_config()
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": path})})
+    launch = load_launch(run)
+    if launch is not None and not here:
+        if ranks is not None:
+            raise ConfigError(f"--ranks is for this machine, but {path} was submitted to Slurm. Leave it out, or add --here.")
+        run = RunDir(path.absolute())
+        os.chdir(launch.folder)  # where relative paths of its config count from
+        _check_paths(config)
+        print(submit(config, launch, run, new_code=new_code))
+        return 0
+    if new_code:
+        raise ConfigError(f"--new-code is for submitted runs; here {path} runs with the code that is installed anyway. Leave it out.")
+    if launch is not None:
+        refuse_live_job(launch, run)
     started = [event["ranks"] for event in run.read_events() if event["event"] in ("launch", "start", "resume")]
-    ranks = ranks if ranks is not None else started[-1] if started else 1
-    return train(config.model_copy(update={"run": config.run.model_copy(update={"dir": path})}), ranks)
+    return train(config, ranks if ranks is not None else started[-1] if started else 1)
+
+
+def _show_status(paths: Sequence[Path], is_watched: bool) -> int:
+    """Print what each run does, once or until Ctrl-C."""
+    found = list(paths) or sorted(file.parent for file in Path("runs").glob("*/run.yaml"))
+    if not found:
+        raise ConfigError("there are no runs in ./runs. Name run directories.")
+    if is_watched:
+        status.watch(found)
+        return 0
+    for path in found:
+        print(status.status(path), flush=True)
+    return 0
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -220,7 +318,34 @@ def _main(argv: Sequence[str] | None) -> int:
             return run_rank(config)
         return train(config, args.ranks)
     if args.command == "resume":
-        return resume(args.run, args.ranks)
+        return resume(args.run, args.ranks, args.here, args.new_code)
+    if args.command == "submit":
+        config = load_config(args.config, args.overrides)
+        launch = new_launch(load_site(args.site), args.nodes, args.time)
+        _check_paths(config)
+        print(submit(config, launch, RunDir(config.run.dir.absolute()), args.dry_run))
+        return 0
+    if args.command == "sweep":
+        asked = load_sweep(args.sweep)
+        found = points(asked, args.overrides)
+        for point in found:
+            _check_paths(point.config)
+        if args.here:
+            if args.time is not None:
+                raise ConfigError("--time is for jobs. Leave it out, or give --site instead of --here.")
+            return sweep_here(found, args.ranks or 1, args.dry_run)
+        if args.ranks is not None:
+            raise ConfigError("--ranks is for --here; the ranks of a job are those of the site file, ranks_per_node. Leave it out.")
+        print(submit_sweep(found, new_launch(load_site(args.site), (1, 1), args.time), asked.runs, args.dry_run))
+        return 0
+    if args.command == "status":
+        return _show_status(args.runs, args.watch)
+    if args.command == "logs":
+        status.logs(args.run, args.rank, args.follow)
+        return 0
+    if args.command == "stop":
+        print(status.stop(args.run))
+        return 0
     if args.command == "prepare":
         from dqtrain.build import prepare_data
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -581,9 +581,8 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[tupl
     return paths
 
 
-def _fields_at(path: tuple[str, ...]) -> list[str]:
-    """Names of the fields of the block at a path, for hints."""
-    model: Any = RunConfig
+def _fields_at(path: tuple[str, ...], model: Any) -> list[str]:
+    """Names of the fields of the block at a path below a model, for hints."""
     for part in path:
         if part.isdigit():  # an entry of a list
             continue
@@ -597,7 +596,7 @@ def _fields_at(path: tuple[str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _explain(error: ValidationError, name: str, lines: dict[tuple[str, ...], int], overridden: set[tuple[str, ...]]) -> str:
+def _explain(error: ValidationError, kind: type[Block], name: str, lines: dict[tuple[str, ...], int], overridden: set[tuple[str, ...]]) -> str:
     messages = []
     for problem in error.errors(include_url=False):
         path = tuple(str(part) for part in problem["loc"])
@@ -608,7 +607,7 @@ def _explain(error: ValidationError, name: str, lines: dict[tuple[str, ...], int
         where = "command line" if any(path[: len(o)] == o for o in overridden) else f"{name}:{line}"
         if problem["type"] == "extra_forbidden":
             *parents, key = (str(part) for part in problem["loc"])
-            known = _fields_at(tuple(parents))
+            known = _fields_at(tuple(parents), kind)
             nearest = difflib.get_close_matches(key, known, 1, 0.5)
             text = (
                 (f"{key}: " * (path[-1] != key)) + "unknown key. " + (f"Did you mean `{nearest[0]}`?" if nearest else f"Known keys here: {', '.join(known)}.")
@@ -625,26 +624,38 @@ def _explain(error: ValidationError, name: str, lines: dict[tuple[str, ...], int
     return "\n".join(messages)
 
 
-def validate(tree: dict[str, Any], name: str, lines: dict[tuple[str, ...], int] | None = None, overridden: set[tuple[str, ...]] | None = None) -> RunConfig:
-    """Tree of plain values -> RunConfig. Raises ConfigError that names file, line and key."""
+AnyBlock = TypeVar("AnyBlock", bound=Block)
+
+
+def load_block(kind: type[AnyBlock], what: str, path: Path, overrides: Sequence[str] = ()) -> AnyBlock:
+    """Read one YAML file and `a.b=c` overrides into a block; `what` says what the file should have been. Raises ConfigError that names file, line and key."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}). Give the path of {what}.") from None
+    tree, lines = _read_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}:1: holds {type(tree).__name__}, but must be a mapping with keys such as `{next(iter(kind.model_fields))}:`. Give {what}.")
+    overridden = _apply_overrides(tree, overrides)
+    return _validate(kind, tree, str(path), lines, overridden)
+
+
+def _validate(kind: type[AnyBlock], tree: dict[str, Any], name: str, lines: dict[tuple[str, ...], int], overridden: set[tuple[str, ...]]) -> AnyBlock:
     try:
         # Strict JSON mode takes str for Path and list for tuple, and refuses "3e-5", true and 1.0 for numbers and ints.
-        return RunConfig.model_validate_json(json.dumps(tree))
+        return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise ConfigError(_explain(error, name, lines or {}, overridden or set())) from None
+        raise ConfigError(_explain(error, kind, name, lines, overridden)) from None
+
+
+def validate(tree: dict[str, Any], name: str) -> RunConfig:
+    """Tree of plain values -> RunConfig. Raises ConfigError that names the file or whatever `name` is, and the key."""
+    return _validate(RunConfig, tree, name, {}, set())
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read one YAML file and `a.b=c` overrides. Raises ConfigError that names file, line and key."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}). Give the path of a YAML config, such as configs/causal.yaml.") from None
-    tree, lines = _read_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}:1: holds {type(tree).__name__}, but a config is a mapping of blocks such as `run:` and `train:`.")
-    overridden = _apply_overrides(tree, overrides)
-    return validate(tree, str(path), lines, overridden)
+    return load_block(RunConfig, "a YAML config, such as configs/causal.yaml", path, overrides)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -41,7 +41,7 @@ def run_rank(config: RunConfig, job: Literal["train", "cache-teacher"] = "train"
             cache_teacher(config, run, world)
         else:
             rank.trainer = trainer = build(config, run, world)
-            watchdog = Watchdog(config.run.watchdog_s, run.exits / f"stacks-rank-{world.rank:05d}.txt", rank.hung)
+            watchdog = Watchdog(config.run.watchdog_s, run.stacks(world.rank), rank.hung)
             # Every forward is a sign of life: of training, of evaluation, and of each word that is generated.
             for module in (trainer.student.model, trainer.student.model.model):
                 module.register_forward_hook(watchdog.beat)

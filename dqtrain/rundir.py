@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,10 @@ HEARTBEAT_S = 10
 OWNER_DEAD_S = 120
 """Seconds without a heartbeat after which an owner on another host is taken for dead."""
 
-_BEFORE_CONFIG = re.compile(r"owner\.json|events\.jsonl|exits|shards|tokenizer|rank-\d+\.log|slurm.*|\..*")
+ENDED_JOB = "DQTRAIN_ENDED_JOB"
+"""Variable with the id of a Slurm job that has ended, as its supervisor's successor was told by Slurm: an owner in it is dead whatever its heartbeat."""
+
+_BEFORE_CONFIG = re.compile(r"owner\.json|events\.jsonl|exits|shards|tokenizer|launch\.json|code|environment\.json|excluded\.json|rank-\d+\.log|slurm.*|\..*")
 """Names that a run may hold before its run.yaml: what an owner, a launcher or `dqtrain prepare` leaves, and temporary files."""
 
 
@@ -48,7 +52,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._last_beat = -float("inf")
+        self._beating = threading.Lock()
+        self._last_beat = float("inf")  # until the run is ours
 
     @property
     def config(self) -> Path:
@@ -115,6 +120,44 @@ class RunDir:
         """Which of the student's parameters are quantized and how."""
         return self.path / "coverage.json"
 
+    @property
+    def launch(self) -> Path:
+        """How the run was submitted to Slurm; absent for a run that never was."""
+        return self.path / "launch.json"
+
+    @property
+    def code(self) -> Path:
+        """The copy of the code that every start of a submitted run runs from."""
+        return self.path / "code"
+
+    @property
+    def environment(self) -> Path:
+        """The installed packages and the variables that a submitted run was made with."""
+        return self.path / "environment.json"
+
+    @property
+    def excluded(self) -> Path:
+        """Nodes that failed the run: {node: {"until": UTC, "why": text}}."""
+        return self.path / "excluded.json"
+
+    @property
+    def stop(self) -> Path:
+        """An empty file by which anyone who may write here asks the run to save and end; the run removes it."""
+        return self.path / "stop"
+
+    @property
+    def save(self) -> Path:
+        """An empty file that asks for a checkpoint now; the run removes it when it has one."""
+        return self.path / "save"
+
+    def stacks(self, rank: int) -> Path:
+        """Where the threads of a rank were when it took another one for hung."""
+        return self.exits / f"stacks-rank-{rank:05d}.txt"
+
+    def job_log(self, job: str) -> Path:
+        """What the batch script and rank 0 print as a Slurm job."""
+        return self.path / f"slurm-{job}.out"
+
     def artifact(self, target: str) -> Path:
         """Folder of the exported model: `packed`, `gguf`, ..."""
         return self.path / "artifact" / target
@@ -127,24 +170,19 @@ class RunDir:
         """Why a rank ended; absent while it runs."""
         return self.exits / f"rank-{rank:04d}.json"
 
-    def claim(self, config: RunConfig) -> Literal["start", "continue"]:
-        """Start a run in an empty or absent directory, or continue an unfinished one. The caller is the owner (`acquire`).
-
-        Changes in passive fields are taken and recorded as an event; before the first checkpoint, all are. Raises ConfigError for another config, a finished run,
-        a directory that is no run, a file in the way, and a place that is not writable.
-        """
-        self._make()
+    def check_claim(self, config: RunConfig) -> Literal["start", "continue"]:
+        """What `claim` would do or raise, with nothing touched."""
+        self._check_place()
         if self.result.exists():
             places = ", ".join(str(place) for place in sorted((self.path / "artifact").glob("*"))) or "none yet: `dqtrain export` makes one"
             raise ConfigError(f"{self.path} is a finished run (artifact: {places}), and a finished run does not train. Use another run.dir.")
         if not self.config.exists():
-            strange = sorted(entry.name for entry in self.path.iterdir() if not _BEFORE_CONFIG.fullmatch(entry.name))
+            strange = sorted(entry.name for entry in self.path.iterdir() if not _BEFORE_CONFIG.fullmatch(entry.name)) if self.path.exists() else []
             if strange:
                 raise ConfigError(
                     f"{self.path} is not a run directory: it has no run.yaml, but holds {', '.join(strange[:5])}"
                     f"{', ...' if len(strange) > 5 else ''}. A new run needs an empty or absent directory; use another run.dir."
                 )
-            write_text(self.config, dump_config(config))
             return "start"
         changes = differences(self.load_config(), config)
         if changes.keys() - PASSIVE and self.has_checkpoint:
@@ -153,10 +191,22 @@ class RunDir:
                 f"{self.path} holds a run with another config (there -> here):\n{listing}\n"
                 f"Use another run.dir for a new run, or continue the old one with `dqtrain resume {self.path}`."
             )
-        if changes:
+        return "continue"
+
+    def claim(self, config: RunConfig) -> Literal["start", "continue"]:
+        """Start a run in an empty or absent directory, or continue an unfinished one. The caller is the owner (`acquire`).
+
+        Changes in passive fields are taken and recorded as an event; before the first checkpoint, all are. Raises ConfigError for another config, a finished run,
+        a directory that is no run, a file in the way, and a place that is not writable.
+        """
+        self._make()
+        found = self.check_claim(config)
+        if found == "start":
+            write_text(self.config, dump_config(config))
+        elif changes := differences(self.load_config(), config):
             write_text(self.config, dump_config(config))
             self.event("config", changes=changes)
-        return "continue"
+        return found
 
     def load_config(self) -> RunConfig:
         """The config of the run that is here. Raises ConfigError where there is none."""
@@ -178,6 +228,10 @@ class RunDir:
     def read_events(self) -> list[dict[str, Any]]:
         """All events, oldest first."""
         return [json.loads(line) for line in self.events.read_text().splitlines() if line.endswith("}")] if self.events.is_file() else []
+
+    def newest_step(self) -> int:
+        """Step of the newest committed checkpoint, by its name; 0 where there is none."""
+        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl: time (UTC), event, and the fields. Raises OSError."""
@@ -211,21 +265,23 @@ class RunDir:
 
     def heartbeat(self) -> None:
         """Say that the owner lives; cheap to call often, and needed every OWNER_DEAD_S. Raises ConfigError when another process has taken over."""
-        if time.monotonic() - self._last_beat < HEARTBEAT_S:
-            return
-        owner = _read_owner(self.owner)
-        if owner is not None and _is_mine(owner):
-            write_text(self.owner, json.dumps({**owner, "heartbeat": _now()}))
-            self._last_beat = time.monotonic()
-        else:
-            self.acquire()
+        with self._beating:  # else one in flight would bring back the file that `release` removes
+            if time.monotonic() - self._last_beat < HEARTBEAT_S:
+                return
+            owner = _read_owner(self.owner)
+            if owner is not None and _is_mine(owner):
+                write_text(self.owner, json.dumps({**owner, "heartbeat": _now()}))
+                self._last_beat = time.monotonic()
+            else:
+                self.acquire()
 
     def release(self) -> None:
-        """Give the run up, if it is ours."""
-        owner = _read_owner(self.owner)
-        if owner is not None and _is_mine(owner):
-            self.owner.unlink(missing_ok=True)
-            self._last_beat = -float("inf")
+        """Give the run up, if it is ours; a heartbeat does nothing from here on."""
+        with self._beating:
+            owner = _read_owner(self.owner)
+            if owner is not None and _is_mine(owner):
+                self.owner.unlink(missing_ok=True)
+                self._last_beat = float("inf")
 
     def bad_batches(self, step: int, rank: int) -> Path:
         """Where a rank leaves the micro-batches of a step that is not finite."""
@@ -296,9 +352,21 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{self.path} cannot be made ({error}). run.dir must be a directory, or a place for one; use another run.dir.") from None
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise ConfigError(f"{self.path} is not writable. A run writes its directory; change the permissions or use another run.dir.")
+            raise self._cannot_be_made(error) from None
+        self._check_place()
+
+    def _check_place(self) -> None:
+        """Raise ConfigError unless the directory is there, or can be made, and can be written."""
+        place = self.path
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise self._cannot_be_made(OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place)))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"{place} is not writable. A run writes its directory; change the permissions or use another run.dir.")
+
+    def _cannot_be_made(self, error: OSError) -> ConfigError:
+        return ConfigError(f"{self.path} cannot be made ({error}). run.dir must be a directory, or a place for one; use another run.dir.")
 
 
 def _link(source: Path, name: Path) -> bool:
@@ -344,6 +412,8 @@ def _is_live(owner: dict[str, Any]) -> bool:
         return _process_start(owner["pid"]) == owner["process_start"]
     if owner["job"] is not None and owner["job"] == me["job"] and owner["restart"] != me["restart"]:
         return False  # the same job, requeued: Slurm has ended its earlier start
+    if owner["job"] is not None and owner["job"] == os.environ.get(ENDED_JOB):
+        return False
     return (datetime.now(UTC) - datetime.fromisoformat(owner["heartbeat"])).total_seconds() <= OWNER_DEAD_S
 
 

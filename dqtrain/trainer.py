@@ -24,7 +24,7 @@ from dqtrain.models import Teacher, inputs_of
 from dqtrain.quant.modules import check_all_ran
 from dqtrain.rundir import RunDir
 from dqtrain.schedule import learning_rate_factor, seed_micro_batch
-from dqtrain.signals import StopRequest, stop_at_once
+from dqtrain.signals import Requests, stop_at_once
 from dqtrain.world import World, barrier, on_rank_0, sum_over_ranks
 
 
@@ -53,13 +53,15 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
         self.resume()
-        request = StopRequest()
+        requests = Requests(*((self.run.stop, self.run.save) if self.world.rank == 0 else ()))
         while self.step < self.config.train.steps:
             batches = self.micro_batches()
-            num_tokens, stop = self.agree(batches, request)
-            if stop:
+            num_tokens, stop, save = self.agree(batches, requests)
+            if stop or save:
                 self.save()
                 self.saver.wait()
+                requests.done(partial(self.run.event, step=self.step))
+            if stop:
                 barrier()
                 raise Stopped(f"stopped after step {self.step} of {self.config.train.steps}; saved. `dqtrain resume {self.run.path}` continues.")
             self.one_step(batches, num_tokens)
@@ -82,13 +84,13 @@ class Trainer:
         mine = range(self.world.rank, math.ceil(count / self.world.world_size) * self.world.world_size, self.world.world_size)
         return [(j, self.stream.micro_batch(self.step, j, self.config.train.global_batch, self.config.train.micro_batch)) for j in mine]
 
-    def agree(self, batches: list[tuple[int, Batch]], request: StopRequest) -> tuple[int, bool]:
-        """(target tokens of the global batch, whether any rank was asked to stop). Collective. Raises CheckpointError when a save has failed on any rank."""
-        own = [sum(int((batch.labels != IGNORED).sum()) for _, batch in batches), int(request.received), int(self.saver.failed)]
-        total, stops, failures = sum_over_ranks(torch.tensor(own, device=self.world.device)).tolist()
+    def agree(self, batches: list[tuple[int, Batch]], requests: Requests) -> tuple[int, bool, bool]:
+        """(target tokens of the global batch, whether any rank was asked to stop, to save). Collective. Raises CheckpointError when a save has failed anywhere."""
+        own = [sum(int((batch.labels != IGNORED).sum()) for _, batch in batches), *requests.pending(), self.saver.failed]
+        total, stops, saves, failures = sum_over_ranks(torch.tensor(own, dtype=torch.int64, device=self.world.device)).tolist()
         if failures > 0:
             self.saver.wait()
-        return total, stops > 0
+        return total, stops > 0, saves > 0
 
     def one_step(self, batches: list[tuple[int, Batch]], num_tokens: int) -> None:
         """Forward and backward of every micro-batch, then one update. Collective."""

@@ -56,13 +56,15 @@ def test_uninterrupted_run_is_whole(uninterrupted):
     assert (uninterrupted.path / "rank-0001.log").read_text().count("Traceback") == 0
 
 
-@pytest.mark.parametrize("which", ["one rank, SIGUSR1", "Ctrl-C"])
+@pytest.mark.parametrize("which", ["one rank, SIGUSR1", "Ctrl-C", "the stop file"])
 def test_announced_stop_saves_and_continues_bit_for_bit(uninterrupted, make_run, which):
     run = make_run(train=LONG)
     process = run.start("train", str(run.config), "--ranks", "2")
     run.wait_for_step(6, process)
     if which == "Ctrl-C":
         process.send_signal(signal.SIGINT)
+    elif which == "the stop file":
+        run.path.joinpath("stop").touch()
     else:
         os.kill(run.rank_pids()[1], signal.SIGUSR1)
     output = process.communicate(timeout=120)[0]
@@ -70,6 +72,7 @@ def test_announced_stop_saves_and_continues_bit_for_bit(uninterrupted, make_run,
     assert f"dqtrain resume {run.path}" in output
     stopped_at = int(output.split("stopped after step ")[1].split()[0])
     assert (run.path / "checkpoints" / "LATEST").read_text().strip() == f"step-{stopped_at:09d}"
+    assert not (run.path / "stop").exists()
     code, output = run.dqtrain("resume", str(run.path))
     assert code == 0, output
     assert run.log() == uninterrupted.log()

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import pytest
 from dqtrain.config import RunConfig, validate
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import write_text
-from dqtrain.rundir import OWNER_DEAD_S, RunDir, append_line, model_directory
+from dqtrain.rundir import ENDED_JOB, OWNER_DEAD_S, RunDir, append_line, model_directory
 
 RACER = """
 import sys, time
@@ -304,6 +305,28 @@ def test_heartbeat(run: RunDir) -> None:
     run._last_beat -= 11
     with pytest.raises(ConfigError, match="on elsewhere"):
         run.heartbeat()
+
+
+def test_a_late_heartbeat_does_not_bring_back_a_run_that_is_given_up(run: RunDir) -> None:
+    for _ in range(50):
+        run.acquire()
+        run._last_beat -= 11
+        beat = threading.Thread(target=run.heartbeat)
+        beat.start()
+        run.release()
+        beat.join()
+        assert not run.owner.exists()
+
+
+def test_an_owner_in_a_job_that_has_ended_is_dead(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.acquire()
+    _edit_owner(run, host="elsewhere", job="12", heartbeat=_age(1))
+    monkeypatch.setenv(ENDED_JOB, "13")
+    with pytest.raises(ConfigError, match="Slurm job 12"):
+        run.refuse_if_owned()
+    monkeypatch.setenv(ENDED_JOB, "12")
+    run.acquire()
+    assert run.live_owner()["host"] == socket.gethostname()
 
 
 def test_owner_that_is_not_json(run: RunDir) -> None:

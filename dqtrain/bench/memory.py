@@ -126,13 +126,13 @@ def _measure(tiny: dict[str, Any], config: dict[str, Any]) -> dict[str, float]:
     from dqtrain.build import build
     from dqtrain.engine import start
     from dqtrain.rundir import RunDir
-    from dqtrain.signals import StopRequest
+    from dqtrain.signals import Requests
     from dqtrain.world import init_world
 
     torch.set_num_threads(1)
     world = init_world()
     start(world, timeout_s=600)
-    request = StopRequest()
+    requests = Requests()
     found: dict[str, float] = {}
 
     def built(blocks: dict[str, Any]) -> Any:
@@ -157,7 +157,7 @@ def _measure(tiny: dict[str, Any], config: dict[str, Any]) -> dict[str, float]:
 
         engine.backward, engine.step = measured_backward, measured_update
         batches = trainer.micro_batches()
-        num_tokens, _ = trainer.agree(batches, request)
+        num_tokens, _, _ = trainer.agree(batches, requests)
         _resident("VmHWM", restart=True)
         trainer.one_step(batches, num_tokens)
         engine.backward, engine.step = backward, update

@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-DEVCLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "devcluster"
-NOT_POSSIBLE_HERE = 2
-NODES = ["node1", "node2", "node3", "node4"]
+from cluster import DEVCLUSTER, NODES, Cluster, is_gone, namespaces_of, start_cluster, until
 
 COUNT_FOREVER = "i=0; while :; do echo $((++i)) >count.new; mv count.new count; sleep 0.05; done"
 
@@ -37,84 +34,9 @@ else:
 """
 
 
-class Cluster:
-    """One cluster, through its command."""
-
-    def __init__(self, state: Path) -> None:
-        self.state = state
-
-    def command(self, name: str, *arguments: object) -> list[str]:
-        return [str(word) for word in (DEVCLUSTER, name, "--state", self.state, *arguments)]
-
-    def devcluster(self, name: str, *arguments: object) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(name, *arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
-
-    def do(self, name: str, *arguments: object) -> str:
-        done = self.devcluster(name, *arguments)
-        assert done.returncode == 0, done
-        return done.stdout
-
-    def run(self, *command: object) -> str:
-        return self.do("run", *command)
-
-    def start_in_background(self, *command: object, cwd: Path) -> subprocess.Popen:
-        return subprocess.Popen(self.command("run", *command), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def submit(self, folder: Path, script: str, *flags: str) -> str:
-        (folder / "job.sh").write_text(f"#!/bin/bash\n{script}")
-        return self.run("sbatch", "--parsable", f"--chdir={folder}", f"--output={folder}/out", "--open-mode=append", *flags, folder / "job.sh").strip()
-
-    def job(self, job: str, fields: str) -> str:
-        return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", f"--format={fields}").strip()
-
-    def is_healthy(self) -> bool:
-        return self.devcluster("status").returncode == 0
-
-    def is_reachable(self, node: str) -> bool:
-        """Whether its slurmd's port takes a connection from the login node."""
-        return self.devcluster("run", "timeout", "1", "bash", "-c", f"</dev/tcp/{node}/6818").returncode == 0
-
-    def processes(self, name: str = "*") -> dict[int, set[str]]:
-        """Every process of the cluster or of one node, with those of its namespaces that the machine's others are not in."""
-        firsts = [int(record.read_text().split()[0]) for record in (self.state / "run").glob(name) if record.name == "room" or record.name in NODES]
-        inside = set().union(*map(_namespaces, firsts)) - _namespaces(os.getpid())
-        found = {pid: _namespaces(pid) & inside for pid in map(int, filter(str.isdigit, os.listdir("/proc")))}
-        return {pid: namespaces for pid, namespaces in found.items() if namespaces}
-
-
-def _namespaces(pid: int) -> set[str]:
-    try:
-        return {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("pid", "net", "mnt", "uts", "ipc")}
-    except OSError:
-        return set()
-
-
-def _is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def _until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def _start(state: Path, *options: object) -> Cluster:
-    cluster = Cluster(state)
-    done = cluster.devcluster("start", *options)
-    if done.returncode == NOT_POSSIBLE_HERE and not os.environ.get("DQTRAIN_REQUIRE_SLURM"):
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    return cluster
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = _start(tmp_path_factory.mktemp("devcluster") / "state", "--slurmd-timeout", 10)
+    cluster = start_cluster(tmp_path_factory.mktemp("devcluster") / "state", "--slurmd-timeout", 10)
     yield cluster
     cluster.do("stop")
 
@@ -131,7 +53,7 @@ def time_limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> 
 def counter(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[[], int]]:
     """A job on node2 that counts. Gives a function that reads the count."""
     job = cluster.submit(tmp_path, COUNT_FOREVER, "--nodelist=node2")
-    _until((tmp_path / "count").exists)
+    until((tmp_path / "count").exists)
     yield lambda: int((tmp_path / "count").read_text())
     cluster.run("scancel", job)
 
@@ -158,9 +80,9 @@ def test_a_rank_reaches_another_node_by_its_name(cluster: Cluster) -> None:
 def test_preemption_ends_a_job_of_main_with_sigterm(cluster: Cluster, tmp_path: Path) -> None:
     task = "trap 'echo TERM; exit 75' TERM; touch ready; while :; do sleep 0.1; done"
     job = cluster.submit(tmp_path, f'srun bash -c "{task}" || echo ended $?\n', "--nodes=1", "--nodelist=node4", "--exclusive")
-    _until((tmp_path / "ready").exists)
+    until((tmp_path / "ready").exists)
     assert cluster.run("srun", "--partition=urgent", "--nodelist=node4", "--exclusive", "hostname").strip() == "node4"
-    _until(lambda: cluster.job(job, "%T") == "COMPLETED")
+    until(lambda: cluster.job(job, "%T") == "COMPLETED")
     assert {"TERM", "ended 75"} <= set((tmp_path / "out").read_text().splitlines())
 
 
@@ -173,7 +95,7 @@ def test_freeze_and_thaw(cluster: Cluster, counter: Callable[[], int]) -> None:
     status = cluster.devcluster("status")
     assert status.returncode == 1 and "node2   frozen" in status.stdout
     cluster.do("node", "node2", "thaw")
-    _until(lambda: counter() > count)
+    until(lambda: counter() > count)
 
 
 def test_cut_and_mend(cluster: Cluster, counter: Callable[[], int]) -> None:
@@ -182,20 +104,20 @@ def test_cut_and_mend(cluster: Cluster, counter: Callable[[], int]) -> None:
     assert not cluster.is_reachable("node2")
     assert "node2   cut" in cluster.devcluster("status").stdout
     count = counter()
-    _until(lambda: counter() > count)  # it does not notice
+    until(lambda: counter() > count)  # it does not notice
     cluster.do("node", "node2", "mend")
-    _until(lambda: cluster.is_reachable("node2"))
+    until(lambda: cluster.is_reachable("node2"))
 
 
 def test_a_job_outlives_a_restart_of_the_controller(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(tmp_path, COUNT_FOREVER)
-    _until((tmp_path / "count").exists)
+    until((tmp_path / "count").exists)
     count = int((tmp_path / "count").read_text())
     cluster.do("restart-controller")
     assert cluster.job(job, "%T") == "RUNNING"
-    _until(lambda: int((tmp_path / "count").read_text()) > count)
+    until(lambda: int((tmp_path / "count").read_text()) > count)
     cluster.run("scancel", job)
-    _until(cluster.is_healthy)
+    until(cluster.is_healthy)
 
 
 @pytest.mark.slow
@@ -205,13 +127,13 @@ def test_a_job_is_requeued_when_its_node_loses_power(cluster: Cluster, tmp_path:
     [[ -n ${SLURM_RESTART_COUNT:-} ]] || sleep 1000
     """
     job = cluster.submit(tmp_path, script, "--nodes=2", "--requeue", "--exclude=node1")
-    _until(lambda: (tmp_path / "out").exists() and (tmp_path / "out").read_text().endswith("\n"))
+    until(lambda: (tmp_path / "out").exists() and (tmp_path / "out").read_text().endswith("\n"))
     victim = (tmp_path / "out").read_text().split()[-1]
     processes = cluster.processes(victim)
     assert len(processes) >= 2  # its first one and slurmd
     cluster.do("node", victim, "off")
-    assert all(map(_is_gone, processes))
-    _until(lambda: cluster.job(job, "%T") == "COMPLETED", timeout_s=80)
+    assert all(map(is_gone, processes))
+    until(lambda: cluster.job(job, "%T") == "COMPLETED", timeout_s=80)
     first, *_, last = (tmp_path / "out").read_text().splitlines()  # between them slurmstepd says why
     assert (first[0], last[0]) == ("0", "1")
     assert len(last.split()) == 3 and victim not in last
@@ -223,7 +145,7 @@ def test_a_job_is_requeued_when_its_node_loses_power(cluster: Cluster, tmp_path:
 @pytest.mark.slow
 def test_usr1_reaches_the_batch_script_before_the_time_limit(cluster: Cluster, time_limited: tuple[str, Path]) -> None:
     job, folder = time_limited
-    _until(lambda: cluster.job(job, "%T") == "COMPLETED")
+    until(lambda: cluster.job(job, "%T") == "COMPLETED")
     assert (folder / "out").read_text() == "USR1\n"
 
 
@@ -239,7 +161,7 @@ def test_stop_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
         return Path("/proc/self/mountinfo").read_text(), os.listdir("/sys/class/net"), os.listdir("/etc/slurm")
 
     before = machine()
-    second = _start(tmp_path / "state", "--nodes", 2)  # beside the first
+    second = start_cluster(tmp_path / "state", "--nodes", 2)  # beside the first
     srun = second.start_in_background("srun", "--nodes=2", "sleep", 1000, cwd=tmp_path)
     second.submit(tmp_path, "sleep 1000 & disown; sleep 1000")
     second.do("node", "node2", "freeze")
@@ -248,8 +170,8 @@ def test_stop_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
     assert second.do("stop") == "stopped.\n"
     srun.communicate(timeout=10)
     namespaces = set().union(*processes.values())
-    assert all(map(_is_gone, processes))
-    assert not [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _namespaces(pid) & namespaces]
+    assert all(map(is_gone, processes))
+    assert not [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if namespaces_of(pid) & namespaces]
     assert machine() == before
     assert not second.state.exists()
     assert second.do("stop") == f"no cluster in {second.state}.\n"
@@ -257,15 +179,15 @@ def test_stop_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_what_a_crash_leaves_is_cleaned_up(cluster: Cluster, tmp_path: Path) -> None:
-    second = _start(tmp_path / "state", "--nodes", 1)
+    second = start_cluster(tmp_path / "state", "--nodes", 1)
     processes = second.processes()
     os.kill(int((second.state / "run/room").read_text().split()[0]), 9)
-    _until(lambda: all(map(_is_gone, processes)))
+    until(lambda: all(map(is_gone, processes)))
     assert second.devcluster("status").returncode == 1
-    _start(tmp_path / "state", "--nodes", 1)
+    start_cluster(tmp_path / "state", "--nodes", 1)
     processes = second.processes()
     subprocess.run(["rm", "-r", second.state], check=True)  # what a user may do
-    _until(lambda: all(map(_is_gone, processes)))
+    until(lambda: all(map(is_gone, processes)))
 
 
 def test_messages(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,0 +1,394 @@
+"""What a job of a run does, as its batch script: `python -m launch.supervisor RUN`.
+
+It looks at the nodes, starts the ranks, passes on the signal that comes before the time limit, and when the ranks have ended it decides from the cause
+that they left what follows: the end, a requeue of this job, or, where a node is to be avoided, a successor. In Python, since bash loses signals.
+Slurm itself requeues a job only whose node failed, or that it had to kill for another.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from dqtrain.errors import FINAL_CODES, ConfigError, Stopped, UserError
+from dqtrain.files import write_text
+from dqtrain.rundir import ENDED_JOB, RunDir
+from launch import slurm
+from launch.submit import Launch, batch_arguments, load_launch, read_excluded, save_launch
+
+HEALTH_S = 60.0
+"""Seconds that a node has to answer the health check."""
+
+CLOCK_S = 5.0
+"""Seconds by which a node's clock may be off: what ended first is told by the clocks of the nodes."""
+
+PATIENCE_S = 900.0
+"""Seconds for which an absent controller is waited for when the job has to be requeued."""
+
+_POLL_S = 0.2
+_SILENT = "no answer"
+_KILL_S = 30.0
+_PORTS = range(20000, 32768)  # below those that the system gives to outgoing connections
+_TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (.+)")
+_OCCASION: dict[int | None, str] = {
+    signal.SIGUSR1: "before the time limit",
+    signal.SIGTERM: "as Slurm ends the job",
+    None: "on a signal to the ranks, as at a preemption",
+}
+_BY_LAUNCHER = ("Terminated", "Exited with exit code 143")  # how the peers of a failed rank end
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start ended and what follows: nothing; another start; another start as long as such starts make progress."""
+
+    code: int
+    why: str
+    then: Literal["end", "again", "again if progress"]
+    bad: Mapping[str, str] = field(default_factory=dict)
+    """Node to be avoided from now on -> why."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is known of a step when it is over."""
+
+    code: int
+    since_ns: int
+    signal: int | None
+    """What this process was asked to end it with: USR1 before the time limit, TERM when Slurm ends the job."""
+    too_slow: bool
+    """It was killed, since it had not ended a grace after that."""
+    said: tuple[str, ...]
+    """srun's own lines."""
+    stacks: frozenset[int]
+    """Ranks that left their stacks."""
+
+
+class Supervisor:
+    """One start of one job of a run."""
+
+    def __init__(self, run: RunDir, launch: Launch) -> None:
+        self._signal: int | None = None
+        for signum in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(signum, self._note)
+        self.run, self.launch = run, launch
+        self.job, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.nodes = slurm.expand(os.environ["SLURM_JOB_NODELIST"])
+        self.ranks = len(self.nodes) * launch.site.ranks
+        self._ended_job: str | None = None
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._signal = self._signal or signum
+
+    def supervise(self) -> int:
+        """The whole of it; the exit code of the job."""
+        if self.run.result.exists():
+            return self.end(0, "the run is finished already")
+        if self.run.stop.exists():
+            return self.stopped()
+        try:
+            self.wait_for_owner()
+        except ConfigError as error:  # of the other job's run, this is no end
+            self.run.event("refused", job=self.job, why=str(error))
+            print(f"dqtrain: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+        lost = self.nodes_lost_before()
+        self.run.event("job_start", job=self.job, restart=self.restart, nodes=self.nodes, ranks=self.ranks, step=self.run.newest_step())
+        self.exclude(lost)
+        bad = self.check_nodes()
+        self.run.event("node_check", bad=bad)
+        if bad:
+            outcome = self.judge_nodes(bad)
+        elif self._signal is not None:
+            outcome = Outcome(Stopped.exit_code, f"no rank was started {_OCCASION[self._signal]}", "again")
+        else:
+            outcome = self.judge(self.run_ranks())
+        return self.follow(outcome)
+
+    # ---- before the ranks
+
+    def wait_for_owner(self) -> None:
+        """Return when nobody runs the run. Raises ConfigError while another job, or a process on another machine, does."""
+        while owner := self.run.live_owner():
+            job = slurm.find_job(owner["job"], PATIENCE_S) if owner["job"] is not None else None
+            # A job that Slurm does not know is one of this run's that it has forgotten, or another cluster's.
+            is_over = job.state == "PENDING" or not job.is_live if job is not None else owner["job"] in (self.launch.job, *self.launch.history)
+            if is_over and owner["job"] is not None:
+                self._ended_job = owner["job"]  # it left without a word, and Slurm knows sooner than the heartbeat tells
+                return
+            if job is None or job.state != "COMPLETING":
+                self.run.refuse_if_owned()
+            time.sleep(_POLL_S)
+
+    def nodes_lost_before(self) -> dict[str, str]:
+        """Node that is down now and was one of the last start's, if that left no word -> why it is to be avoided.
+
+        When a node fails, Slurm ends all of the job at once, this process too, and requeues it.
+        """
+        events = self.run.read_events()
+        start = max((index for index, event in enumerate(events) if event["event"] == "job_start"), default=None)
+        if start is None or any(event["event"] in ("srun_end", "job_end", "requeue", "successor") for event in events[start:]):
+            return {}
+        try:
+            return self._down(events[start]["nodes"])
+        except UserError as error:
+            print(f"dqtrain: {error}", file=sys.stderr, flush=True)
+            return {}
+
+    @staticmethod
+    def _down(nodes: list[str]) -> dict[str, str]:
+        states = slurm.node_states(nodes)
+        return {node: f"Slurm says {state}" for node, state in states.items() if state.endswith("*") or state.startswith(("down", "fail", "drain", "error"))}
+
+    def check_nodes(self) -> dict[str, str]:
+        """Node that cannot train -> why, by launch/health.py on each."""
+        count = f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}", "--ntasks-per-node=1", "--cpus-per-task=1"
+        environment = {name: value for name, value in os.environ.items() if name != "SLURM_CPUS_PER_TASK"}  # srun refuses two that differ
+        before = time.time()
+        process = slurm.srun([*count, *_STEP, "--overlap", sys.executable, "-m", "launch.health", str(self.run.path)], environment, subprocess.PIPE)
+        try:
+            output, said = process.communicate(timeout=HEALTH_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            output, said = process.communicate()
+        after = time.time()
+        answers = {line["node"]: line for line in map(json.loads, re.findall(rb"^{.*}$", output, re.MULTILINE))}
+        sys.stderr.buffer.write(said)
+        sys.stderr.flush()
+        bad = {}
+        for node in self.nodes:
+            found = list(answers[node]["problems"]) if node in answers else [f"{_SILENT} within {after - before:.0f} s"]
+            if node in answers and not before - CLOCK_S <= answers[node]["time"] <= after + CLOCK_S:
+                found.append(f"its clock is off by {answers[node]['time'] - after:.0f} s")
+            if found:
+                bad[node] = "; ".join(found)
+        return bad
+
+    def judge_nodes(self, bad: Mapping[str, str]) -> Outcome:
+        """What follows from a failed health check."""
+        listing = "; ".join(f"{node}: {why}" for node, why in bad.items())
+        if len(bad) == len(self.nodes) and (len(bad) > 1 or _SILENT in listing):
+            # No fault of a node, then, but of what they share, or of Slurm; and were they all avoided, there might be nowhere to go.
+            return Outcome(1, f"no node passes the check: {listing}", "again if progress")
+        return Outcome(1, f"a node does not pass the check: {listing}", "again if progress", bad)
+
+    # ---- the ranks
+
+    def run_ranks(self) -> Ended:
+        """Start the ranks, pass a signal on, and wait until they have ended."""
+        before = self._stacks()
+        since_ns = time.time_ns()
+        shape = f"--nodes={len(self.nodes)}", f"--ntasks={self.ranks}", f"--ntasks-per-node={self.launch.site.ranks}", "--distribution=block"
+        process = slurm.srun([*shape, *_STEP, "--kill-on-bad-exit=1", sys.executable, "-m", "launch.task", str(self.run.path)], self._variables())
+        said: list[str] = []
+        reader = threading.Thread(target=_pass_on, args=(process, said), daemon=True)
+        reader.start()
+        asked_at = killed_at = float("inf")
+        while process.poll() is None:
+            now = time.monotonic()
+            if self._signal is not None and asked_at > now:
+                asked_at = now
+                process.send_signal(signal.SIGUSR1)  # srun gives it to all ranks
+            if now - asked_at > self.launch.site.grace_s and killed_at > now:
+                killed_at = now
+                process.terminate()
+            if now - killed_at > _KILL_S:
+                process.kill()
+            time.sleep(_POLL_S)
+        reader.join(_KILL_S)
+        return Ended(
+            code=process.returncode if process.returncode >= 0 else 128 - process.returncode,
+            since_ns=since_ns,
+            signal=self._signal,
+            too_slow=killed_at < float("inf"),
+            said=tuple(said),
+            stacks=frozenset(rank for rank, when in self._stacks().items() if before.get(rank) != when),
+        )
+
+    def _stacks(self) -> dict[int, int]:
+        """Rank -> when it last left its stacks, by the disk's clock."""
+        files = {rank: self.run.stacks(rank) for rank in range(self.ranks)}
+        return {rank: file.stat().st_mtime_ns for rank, file in files.items() if file.exists()}
+
+    def _variables(self) -> dict[str, str]:
+        site = self.launch.site
+        found = {**os.environ, **site.variables, "SRUN_CPUS_PER_TASK": str(site.cpus_per_rank), "LOCAL_WORLD_SIZE": str(site.ranks)}
+        # Job and restart choose the port, so that jobs which share a node, and the late packets of an earlier start, do not meet.
+        first = (int(self.job) * 16 + self.restart) % len(_PORTS)
+        found |= {"MASTER_ADDR": self.nodes[0], "MASTER_PORT": str(_free_port(first))}
+        if self._ended_job is not None:
+            found[ENDED_JOB] = self._ended_job
+        return found
+
+    def judge(self, ended: Ended) -> Outcome:
+        """What follows from how the ranks ended."""
+        cause = self.run.first_exit(ended.since_ns)
+        outcome = self._judge(ended, cause)
+        step = cause["step"] if cause is not None else None
+        self.run.event("srun_end", code=ended.code, cause=outcome.code, message=outcome.why, step=step)
+        return outcome
+
+    def _judge(self, ended: Ended, cause: dict[str, Any] | None) -> Outcome:
+        if self.run.result.exists():
+            return Outcome(0, "finished", "end")
+        code, why = (cause["code"], f"rank {cause['rank']}: {cause['message']}") if cause is not None else (ended.code, "no rank left a cause")
+        if code in FINAL_CODES:
+            return Outcome(code, why, "end")
+        if ended.too_slow:
+            why = f"the ranks had not saved {self.launch.site.grace_s} s after they were asked to (grace_s)"
+            return Outcome(1, why, "again if progress")
+        if code == Stopped.exit_code and ended.stacks:
+            silent = sorted(set(range(self.ranks)) - ended.stacks)
+            nodes = {self._node(rank): f"rank {rank} hung, and left no stacks" for rank in silent}
+            who = f"; left no stacks: {', '.join(f'rank {rank} on {self._node(rank)}' for rank in silent)}" if silent else ""
+            return Outcome(code, f"{why}{who}", "again if progress", nodes)
+        if code == Stopped.exit_code or cause is None and ended.signal is not None:
+            # A signal that comes while a rank's Python starts kills it, and there is nothing to save.
+            what = "nothing to save" if cause is None or cause["step"] is None else f"saved at step {cause['step']}"
+            return Outcome(Stopped.exit_code, f"{what} {_OCCASION[ended.signal]}", "again")
+        if task := next((match for match in map(_TASK_ENDED.match, ended.said) if match and match[3] not in _BY_LAUNCHER), None):
+            node, rank, how = task.groups()
+            exited = re.fullmatch(r"Exited with exit code (\d+)", how)
+            if exited is None:  # a signal killed it; what its peers say is that it is gone
+                code, why = 137, f"rank {rank} on {node}: {how}"
+            elif cause is None:
+                code, why = int(exited[1]), f"rank {rank} on {node}: {how}, and left no cause"
+                if code in FINAL_CODES:
+                    return Outcome(code, why, "end")
+        return Outcome(code or 1, why, "again if progress")
+
+    def _node(self, rank: int) -> str:
+        return self.nodes[rank // self.launch.site.ranks]
+
+    # ---- after the ranks
+
+    def follow(self, outcome: Outcome) -> int:
+        """Do what follows; the exit code. Where the job is requeued, that ends this process."""
+        self.exclude(outcome.bad)
+        if outcome.then == "end":
+            return self.end(outcome.code, outcome.why)
+        if self.stop_was_asked_for():
+            return self.stopped()
+        if outcome.then == "again if progress" and (starts := self.starts_without_progress()) > self.launch.site.max_restarts:
+            what = f"{starts} starts in a row made no newer checkpoint (max_restarts {self.launch.site.max_restarts})"
+            return self.end(outcome.code, f"{what}; the last: {outcome.why.rstrip('.')}. Mend that, then `dqtrain resume {self.run.path}`.")
+        try:
+            job = slurm.find_job(slurm.this_job(), PATIENCE_S)
+            if job is not None and job.state != "RUNNING" and job.reason != "TimeLimit":  # cancelled, and that is respected
+                return self.end(outcome.code, f"{outcome.why.rstrip('.')}; Slurm ends the job ({job.state}). `dqtrain resume {self.run.path}` goes on.")
+            announced = outcome.then == "again"
+            if not (outcome.bad and self.submit_successor(outcome, announced)):
+                self.run.event("requeue", job=self.job, why=outcome.why, announced=announced)
+                slurm.requeue(slurm.this_job(), PATIENCE_S)
+                time.sleep(2 * _KILL_S)  # the requeue ends this process
+        except UserError as error:
+            return self.end(outcome.code, f"{outcome.why.rstrip('.')}; it could not be requeued: {error} `dqtrain resume {self.run.path}` goes on.")
+        return outcome.code
+
+    def submit_successor(self, outcome: Outcome, announced: bool) -> bool:
+        """Queue a job that takes over when this one has ended; whether Slurm took it. A running job's own list of nodes to avoid cannot be changed."""
+        exclude = sorted(read_excluded(self.run))
+        try:
+            job = slurm.sbatch(batch_arguments(self.launch, self.run, exclude, after=self.job), PATIENCE_S)
+        except UserError as error:
+            print(f"dqtrain: no successor that avoids {', '.join(exclude)}: {error} This job is requeued instead.", file=sys.stderr, flush=True)
+            return False
+        save_launch(self.launch.followed_by(job), self.run)
+        self.run.event("successor", job=job, why=outcome.why, exclude=exclude, announced=announced)
+        return True
+
+    def starts_without_progress(self) -> int:
+        """Starts in a row, this one included, that were broken off and made no newer checkpoint, since a person last submitted the run."""
+        newest, starts = self.run.newest_step(), 0
+        for event in self.run.read_events():
+            if event["event"] == "submit" or event["event"] == "job_start" and event["step"] < newest:
+                starts = 0
+            elif event["event"] == "job_start":
+                starts += 1
+            elif event["event"] in ("requeue", "successor") and event["announced"]:
+                starts = max(0, starts - 1)
+        return starts
+
+    def stop_was_asked_for(self) -> bool:
+        """Whether somebody asked this start to stop by the file; rank 0 has removed it if it saw it in time."""
+        events = [event["event"] for event in self.run.read_events()]
+        last = len(events) - 1 - events[::-1].index("job_start")
+        return self.run.stop.exists() or "stop_requested" in events[last:]
+
+    def stopped(self) -> int:
+        """End as asked."""
+        self.run.stop.unlink(missing_ok=True)
+        self.end(Stopped.exit_code, f"stopped as asked; `dqtrain resume {self.run.path}` goes on")
+        return 0
+
+    def end(self, code: int, why: str) -> int:
+        """The last word of a job that nothing follows."""
+        self.run.event("job_end", job=self.job, code=code, why=why)
+        print(f"dqtrain: {why}", file=sys.stderr, flush=True)
+        return code
+
+    def exclude(self, bad: Mapping[str, str]) -> None:
+        """Have later jobs of the run avoid nodes for the site's `exclude_hours`."""
+        if not bad:
+            return
+        until = (datetime.now(UTC) + timedelta(hours=self.launch.site.exclude_hours)).isoformat(timespec="seconds")
+        entries = read_excluded(self.run) | {node: {"until": until, "why": why} for node, why in bad.items()}
+        write_text(self.run.excluded, json.dumps(entries, indent=1) + "\n")
+        for node, why in bad.items():
+            self.run.event("exclude", node=node, why=why, until=until)
+
+
+_STEP = ("--export=ALL", "--mpi=none", "--input=none")
+
+
+def _pass_on(process: subprocess.Popen[bytes], said: list[str]) -> None:
+    """Copy a step's stderr to ours, and keep what srun itself says."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(b"srun: "):
+            said.append(line.decode(errors="replace").strip())
+        with suppress(OSError):  # a full disk
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
+
+
+def _free_port(first: int) -> int:
+    """A port of this machine, the first one's node, that nobody listens on; `first` counts within _PORTS."""
+    for number in range(len(_PORTS)):
+        port = _PORTS[(first + number) % len(_PORTS)]
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise ConfigError(f"{socket.gethostname()} has no free port from {_PORTS.start} to {_PORTS.stop - 1}, and rank 0 needs one. End what holds them.")
+
+
+def main(path: Path) -> int:
+    """Supervise one start of the run's job; the exit code of the batch script."""
+    run = RunDir(path)
+    try:
+        launch = load_launch(run)
+        if launch is None:
+            raise ConfigError(f"{run.launch} is missing, without which the run cannot be started as a job. Submit it again with `dqtrain submit`.")
+        return Supervisor(run, launch).supervise()
+    except UserError as error:
+        print(f"dqtrain: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            run.event("job_end", job=os.environ.get("SLURM_JOB_ID"), code=error.exit_code, why=str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
