@@ -140,8 +140,7 @@ class Trainer:
         self.student.mode(training=False)
         scores = self.evaluation.validate(self.student.model)
         shown = {name: scores.pop(name) for name in list(scores) if "hidden" in name or "teacher" in name}
-        logged = {f"validation_{name}": value for name, value in scores.items() if name not in ("agreement", "num_tokens")}
-        self.metrics.log_scores(self.step, **logged)
+        self.metrics.log_scores(self.step, **{f"validation_{name}": value for name, value in scores.items() if name not in ("agreement", "num_tokens")})
         self.metrics.show(self.step, shown)
         if self.best is None or scores["loss"] < self.best["loss"]:
             self.best = {"step": self.step, "loss": scores["loss"]}
