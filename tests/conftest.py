@@ -82,9 +82,9 @@ class Run:
             env={**env, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.path.parent / "cache")},
         )
 
-    def dqtrain(self, *arguments: str) -> tuple[int, str]:
+    def dqtrain(self, *arguments: str, timeout_s: float = 300) -> tuple[int, str]:
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=timeout_s)
         return process.returncode, output
 
     def train(self, *overrides: str, ranks: int = 2) -> tuple[int, str]:

@@ -638,7 +638,8 @@ KILLS, SEED = int(os.environ.get("SOAK_KILLS", "6")), int(os.environ.get("SOAK_S
 def test_killed_at_any_moment_it_leaves_no_broken_checkpoint_and_repeats_no_number(make_run):
     train = re.sub(r"steps: \d+", f"steps: {max(60, 4 * KILLS)}", TRAIN, count=1)
     uninterrupted = make_run("uninterrupted", train=train, checkpoint="{every_steps: 1}", eval="{}")
-    code, output = uninterrupted.train()
+    timeout_s = 300 + 10 * KILLS
+    code, output = uninterrupted.dqtrain("train", str(uninterrupted.config), "--ranks", "2", timeout_s=timeout_s)
     assert code == 0, output
     run, draw = make_run(train=train, checkpoint="{every_steps: 1}", eval="{}"), random.Random(SEED)
     command = ("train", str(run.config), "--ranks", "2")
@@ -655,7 +656,7 @@ def test_killed_at_any_moment_it_leaves_no_broken_checkpoint_and_repeats_no_numb
         assert process.returncode not in (0, 2, 3, 4, 5, 75), output
         assert visible(run) and all(checkpoint.problem_with(folder) is None for folder in visible(run))
         command = ("resume", str(run.path))
-    code, output = run.dqtrain(*command)
+    code, output = run.dqtrain(*command, timeout_s=timeout_s)
     assert code == 0, output
     assert run.log() == uninterrupted.log()
     resumed_at = [event["step"] for event in run_events(run) if event["event"] == "resume"]
