@@ -246,13 +246,19 @@ def test_a_watched_run_is_drawn_anew_until_ctrl_c(run: RunDir) -> None:
             if select.select([screen], [], [], 0.2)[0]:
                 seen += os.read(screen, 1 << 16).decode()
 
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, env=environment) as process:
-        until_seen("10 of 20 (50%)")
-        with run.log.open("a") as log:
-            log.write(json.dumps({"step": 15, "tokens": 3, "loss": 4.0, "tokens_per_s": 10.0, "eta_s": 5.0, "time": BEGIN.isoformat()}) + "\n")
-        until_seen("15 of 20 (75%)")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+    def hear_ctrl_c() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that starts the tests in the background has them ignore it
+
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, env=environment, preexec_fn=hear_ctrl_c) as process:
+        try:
+            until_seen("10 of 20 (50%)")
+            with run.log.open("a") as log:
+                log.write(json.dumps({"step": 15, "tokens": 3, "loss": 4.0, "tokens_per_s": 10.0, "eta_s": 5.0, "time": BEGIN.isoformat()}) + "\n")
+            until_seen("15 of 20 (75%)")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
     os.close(terminal)
     os.close(screen)
     assert "Traceback" not in seen and "\x1b[1A" in seen  # over the earlier view
