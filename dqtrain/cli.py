@@ -224,6 +224,7 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
     run.check_claim(config)
     run.refuse_if_owned()
     print(f"{'starting' if run.claim(config) == 'start' else 'continuing'} {run.path} on {ranks} rank{'s' if ranks > 1 else ''}", flush=True)
+    run.stop.unlink(missing_ok=True)  # it asked an earlier start
     run.event("launch", ranks=ranks)
     code = run_ranks([sys.executable, "-m", "dqtrain", "train", str(run.config), "--ranks", str(ranks)], ranks, run)
     if code not in (0, *FINAL_CODES):

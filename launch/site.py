@@ -60,7 +60,7 @@ class Site(Block):
     grace_s: int = Field(120, ge=1, le=36000)
     """Seconds before the time limit that a run needs to save; at a preemption the cluster's own grace time counts."""
     max_restarts: int = Field(3, ge=0)
-    """Starts in a row without a newer checkpoint after which a run that breaks is not started again."""
+    """How often in a row a run that breaks is started again without a newer checkpoint."""
     exclude_hours: float = Field(24.0, gt=0)
     """Hours for which the run avoids a node that failed it."""
     flags: tuple[str, ...] = ()

@@ -218,14 +218,7 @@ def record(job: str, run: RunDir) -> None:
 
 def newest_job(launch: Launch) -> slurm.Job | None:
     """What Slurm knows of the newest job; None where there is none, and for one that it has forgotten. Raises SlurmError when it does not say."""
-    if launch.job is None:
-        return None
-    try:
-        return slurm.find_job(launch.job)
-    except slurm.SlurmError as error:
-        if f"Job {launch.job} not found" in str(error):  # so it says of an array's task that was cancelled before it began
-            return None
-        raise
+    return slurm.find_job(launch.job) if launch.job is not None else None
 
 
 def refuse_live(run: RunDir) -> None:

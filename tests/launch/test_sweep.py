@@ -83,12 +83,12 @@ def test_values_of_all_kinds_arrive(files: Path) -> None:
     layers = [None, 1, [0, 2]]
     linears = {"bits": 2, "granularity": "per_tensor"}
     quants = [None, {"linears": linears, "embeddings": None, "positions": None, "activations": None}]
-    write_sweep(files, {"student.decoder_layers": layers, "quant": quants, "data.validation": [f"{files}/é 'x'.jsonl"]})
+    write_sweep(files, {"student.decoder_layers": layers, "quant": quants, "data.validation": ["é 'x'/y.jsonl"]})
     settings = ["student={init_from: m}", "data.train_tokenizer=null"]
     found = points(load_sweep(files / "sweep.yaml"), settings)
     assert [point.config.student.decoder_layers for point in found] == [None, None, 1, 1, (0, 2), (0, 2)]
     assert [point.config.quant is None for point in found] == [True, False] * 3
-    assert {point.config.data.validation for point in found} == {f"{files}/é 'x'.jsonl"} and "/" not in found[0].run.path.name
+    assert {point.config.data.validation for point in found} == {"é 'x'/y.jsonl"} and "/" not in found[0].run.path.name
 
 
 @pytest.mark.parametrize(
