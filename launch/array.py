@@ -8,10 +8,13 @@ from contextlib import contextmanager, redirect_stderr
 from copy import copy
 from pathlib import Path
 
-from submitit import SlurmExecutor
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-
 from launch.slurm import SlurmError
+
+# Else its import sets up logging, which closes the handlers of everyone in the process, and with absl's (TensorBoard has it) what stderr was when that was imported.
+os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
+
+from submitit import SlurmExecutor  # noqa: E402
+from submitit.core.utils import FailedJobError, FailedSubmissionError  # noqa: E402
 
 
 class _Executor(SlurmExecutor):
