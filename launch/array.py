@@ -13,8 +13,8 @@ from launch.slurm import SlurmError
 # Else its import sets up logging, which closes the handlers of everyone in the process, and with absl's (TensorBoard has it) what stderr was when that was imported.
 os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
 
-from submitit import SlurmExecutor  # noqa: E402
-from submitit.core.utils import FailedJobError, FailedSubmissionError  # noqa: E402
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 
 class _Executor(SlurmExecutor):
