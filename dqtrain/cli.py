@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -278,13 +279,17 @@ def resume(path: Path, ranks: int | None = None, here: bool = False, new_code: b
         if ranks is not None:
             raise ConfigError(f"--ranks is for this machine, but {path} was submitted to Slurm. Leave it out, or add --here.")
         run = RunDir(path.absolute())
-        os.chdir(launch.folder)  # where relative paths of its config count from
+        if not launch.folder.is_dir():
+            raise ConfigError(
+                f"{launch.folder}, where the run was submitted and relative paths of its config count from, is gone. Make it again, or add --here."
+            )
+        os.chdir(launch.folder)
         _check_paths(config)
         print(submit(config, launch, run, new_code=new_code))
         return 0
     if new_code:
         raise ConfigError(f"--new-code is for submitted runs; here {path} runs with the code that is installed anyway. Leave it out.")
-    if launch is not None:
+    if launch is not None and shutil.which("scontrol"):  # elsewhere the owner's heartbeat alone tells whether it runs
         refuse_live_job(launch, run)
     started = [event["ranks"] for event in run.read_events() if event["event"] in ("launch", "start", "resume")]
     return train(config, ranks if ranks is not None else started[-1] if started else 1)
@@ -415,7 +420,7 @@ def _weights(run: RunDir, out: Path, step: int | None, dtype: str) -> int:
 
 def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sample: int | None, like: Path | None) -> int:
     """Score a run's chosen checkpoint, a model directory or an artifact; prints one JSON object."""
-    from dqtrain.artifact.load import load_spread
+    from dqtrain.artifact.load import input_device, load_spread
     from dqtrain.build import evaluation_stream, writing_of
     from dqtrain.data.prepare import load_tokenizer
     from dqtrain.evaluate import evaluate
@@ -426,6 +431,7 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
     run = RunDir(path)
     config = load_config(like) if like else run.load_config() if run.config.is_file() else None
     model = load_spread(path)
+    world = replace(world, device=input_device(model))
     stream = evaluation_stream(path, model, split, data, tokens_per_sample, config)
     scores = evaluate(LanguageModel(model), stream, 8, world).as_dict()
     if config is not None and config.eval.generation is not None:

@@ -445,7 +445,7 @@ def _free(tensors: Iterable[Tensor]) -> None:
     """Take the memory of tensors and of partitions: DeepSpeed's hooks outlive a stage-3 engine, and what they hold would stay for ever (measured)."""
     for tensor in tensors:
         for part in (tensor, getattr(tensor, "ds_tensor", None)):
-            if part is not None:
+            if part is not None and part.untyped_storage().resizable():  # pinned memory, of what is offloaded, is not
                 part.untyped_storage().resize_(0)
 
 

@@ -136,4 +136,4 @@ def _compare(student: LanguageModel, hidden: Tensor, teacher_hidden: Tensor | No
             sums |= {"teacher_nats": task(taught, labels).double().sum(), "agreeing": (taught.argmax(-1) == said.argmax(-1)).double().sum()}
         return said.new_zeros(()), sums
 
-    return student.through_head(hidden, lambda x, own: chunked_loss(x, own, teacher_hidden, teacher, [labels], compare))[1]
+    return student.through_head(hidden, lambda x, own: chunked_loss(x, own, teacher_hidden, teacher, [labels.to(x.device)], compare))[1]

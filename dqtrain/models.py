@@ -162,13 +162,13 @@ class LanguageModel(nn.Module):
             if inputs.source_ids is None:
                 with padding_of(model, inputs.is_real):
                     said = model.base_model(input_ids=inputs.ids, use_cache=False, **wanted)
-                return self._outputs(said)
+                return self._outputs(inputs.ids.device, said)
             mask = inputs.source_is_real
             read = model.get_encoder()(input_ids=inputs.source_ids, attention_mask=mask, **wanted)
             decoder, states = model.get_decoder(), read.last_hidden_state
             with padding_of(decoder, inputs.is_real):
                 said = decoder(input_ids=inputs.ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False, **wanted)
-            return self._outputs(said, read)
+            return self._outputs(inputs.ids.device, said, read)
 
     def through_head(self, hidden: Tensor, then: Callable[[Tensor, Head], Any]) -> Any:
         """`then(hidden, head)`: hidden states [n, width], quantized if the head's input is, and the head, whole and fake-quantized. Collective under ZeRO-3."""
@@ -196,10 +196,10 @@ class LanguageModel(nn.Module):
             bias = added[0].to(weight.device) if bias is None else bias + added[0].to(bias.device)
         return Head(weight, bias, getattr(self.model.config, "final_logit_softcapping", None))
 
-    def _outputs(self, decoder: Any, encoder: Any = None) -> Outputs:
+    def _outputs(self, device: torch.device, decoder: Any, encoder: Any = None) -> Outputs:
         keys = ("hidden_states", "attentions", "cross_attentions")
         layers = [Layers(*(tuple(x.float() for x in said.get(key) or ()) for key in keys)) for said in (decoder, encoder or {})]
-        hidden = decoder.last_hidden_state.float()
+        hidden = decoder.last_hidden_state.float().to(device)  # the last layer of a model that is spread over several may be elsewhere
         if getattr(self.model.config, "scale_decoder_outputs", False):  # T5 with tied embeddings
             hidden = hidden * self.model.config.d_model**-0.5
         return Outputs(hidden, *layers)

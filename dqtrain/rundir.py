@@ -11,6 +11,8 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +47,15 @@ def append_line(path: Path, line: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def json_lines(text: str) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines, without what is none."""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
 
 
 class RunDir:
@@ -226,8 +237,8 @@ class RunDir:
             ) from None
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events, oldest first."""
-        return [json.loads(line) for line in self.events.read_text().splitlines() if line.endswith("}")] if self.events.is_file() else []
+        """All events, oldest first; a line that writers on two nodes of some file systems have mangled is left out."""
+        return list(json_lines(self.events.read_text(errors="replace"))) if self.events.is_file() else []
 
     def newest_step(self) -> int:
         """Step of the newest committed checkpoint, by its name; 0 where there is none."""

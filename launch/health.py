@@ -59,8 +59,8 @@ def _gpus(asked: int) -> list[str]:
         return [f"nvidia-smi: {'no answer within 30 s' if isinstance(error, subprocess.TimeoutExpired) else error.strerror}"]
     if done.returncode:
         return [f"nvidia-smi: {(done.stdout or done.stderr).strip() or f'exit code {done.returncode}'}"]
-    lines = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
-    found = [f"GPU {index} has {errors} uncorrected memory errors" for index, errors in lines if errors.isdecimal() and int(errors)]
+    lines = [line.partition(",") for line in done.stdout.splitlines()]
+    found = [f"GPU {index} has {errors.strip()} uncorrected memory errors" for index, _, errors in lines if errors.strip().isdecimal() and int(errors)]
     return found + ([f"{len(lines)} GPUs of {asked}"] if len(lines) < asked else [])
 
 

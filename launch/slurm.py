@@ -123,7 +123,10 @@ def find_job(job: str, patience_s: float = 0.0) -> Job | None:
             return None
         raise
     fields: dict[str, str] = {}
-    for key, value in _KEY.findall(said.splitlines()[0]):
+    lines = said.splitlines()
+    # The number of an array is that of its last task too: then all of them are listed.
+    own = next((line for line in lines if line.startswith(f"JobId={job} ")), lines[0])
+    for key, value in _KEY.findall(own):
         fields.setdefault(key, value)  # what follows the first may be a user's text
     nodes = fields.get("NodeList", "")
     return Job(

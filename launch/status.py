@@ -3,7 +3,6 @@
 Accounting is not needed. Where Slurm does not answer, what the files say is shown all the same.
 """
 
-import json
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dqtrain.errors import ConfigError, UserError
-from dqtrain.rundir import RunDir
+from dqtrain.rundir import RunDir, json_lines
 from launch import slurm
 from launch.submit import Launch, living_owner, load_launch, newest_job, read_excluded
 
@@ -250,7 +249,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+    return list(json_lines(text))
 
 
 def _age(event: dict[str, Any], now: datetime) -> float:

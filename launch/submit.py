@@ -189,7 +189,7 @@ def check(config: RunConfig, launch: Launch, run: RunDir) -> RunConfig:
     _check_name(run.path)
     check_ranks(config.train, launch.ranks)
     if launch.site.gpu is not None:
-        asked = plan(config, launch.fewest_nodes, launch.site.gpus_per_node, launch.site.gpu)
+        asked = plan(config, launch.fewest_nodes, launch.site.ranks, launch.site.gpu)
         if not asked.fits:
             raise ConfigError(asked.refusal(cheapest(asked)))
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run.path})})

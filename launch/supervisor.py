@@ -28,7 +28,7 @@ from dqtrain.rundir import ENDED_JOB, RunDir
 from launch import slurm
 from launch.submit import Launch, batch_arguments, load_launch, read_excluded, save_launch
 
-HEALTH_S = 60.0
+HEALTH_S = 180.0
 """Seconds that a node has to answer the health check."""
 
 CLOCK_S = 5.0
@@ -89,6 +89,7 @@ class Supervisor:
         self.nodes = slurm.expand(os.environ["SLURM_JOB_NODELIST"])
         self.ranks = len(self.nodes) * launch.site.ranks
         self._ended_job: str | None = None
+        self._first_step = 0  # of the newest checkpoint when this start began
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._signal = self._signal or signum
@@ -106,14 +107,16 @@ class Supervisor:
             print(f"dqtrain: {error}", file=sys.stderr, flush=True)
             return error.exit_code
         lost = self.nodes_lost_before()
-        self.run.event("job_start", job=self.job, restart=self.restart, nodes=self.nodes, ranks=self.ranks, step=self.run.newest_step())
+        self._first_step = self.run.newest_step()
+        self.run.event("job_start", job=self.job, restart=self.restart, nodes=self.nodes, ranks=self.ranks, step=self._first_step)
         self.exclude(lost)
         bad = self.check_nodes()
         self.run.event("node_check", bad=bad)
         if bad:
             outcome = self.judge_nodes(bad)
         elif self._signal is not None:
-            outcome = Outcome(Stopped.exit_code, f"no rank was started {_OCCASION[self._signal]}", "again")
+            then: Literal["again", "again if progress"] = "again if progress" if self._signal == signal.SIGUSR1 else "again"
+            outcome = Outcome(Stopped.exit_code, f"no rank was started {_OCCASION[self._signal]}", then)
         else:
             outcome = self.judge(self.run_ranks())
         return self.follow(outcome)
@@ -163,7 +166,11 @@ class Supervisor:
             output, said = process.communicate(timeout=HEALTH_S)
         except subprocess.TimeoutExpired:
             process.terminate()
-            output, said = process.communicate()
+            try:
+                output, said = process.communicate(timeout=_KILL_S)
+            except subprocess.TimeoutExpired:  # a task that no signal reaches: srun waits for it
+                process.kill()
+                output, said = process.communicate()
         after = time.time()
         answers = {line["node"]: line for line in map(json.loads, re.findall(rb"^{.*}$", output, re.MULTILINE))}
         sys.stderr.buffer.write(said)
@@ -180,7 +187,7 @@ class Supervisor:
     def judge_nodes(self, bad: Mapping[str, str]) -> Outcome:
         """What follows from a failed health check."""
         listing = "; ".join(f"{node}: {why}" for node, why in bad.items())
-        if len(bad) == len(self.nodes) and (len(bad) > 1 or _SILENT in listing):
+        if len(bad) == len(self.nodes) and (len(bad) > 1 or _SILENT in listing or str(self.run.path) in listing):
             # No fault of a node, then, but of what they share, or of Slurm; and were they all avoided, there might be nowhere to go.
             return Outcome(1, f"no node passes the check: {listing}", "again if progress")
         return Outcome(1, f"a node does not pass the check: {listing}", "again if progress", bad)
@@ -253,12 +260,16 @@ class Supervisor:
         if code == Stopped.exit_code and ended.stacks:
             silent = sorted(set(range(self.ranks)) - ended.stacks)
             nodes = {self._node(rank): f"rank {rank} hung, and left no stacks" for rank in silent}
+            if 2 * len(nodes) > len(self.nodes) > 1:
+                nodes = {}  # most of them: what hangs is the disk that they write to
             who = f"; left no stacks: {', '.join(f'rank {rank} on {self._node(rank)}' for rank in silent)}" if silent else ""
             return Outcome(code, f"{why}{who}", "again if progress", nodes)
         if code == Stopped.exit_code or cause is None and ended.signal is not None:
             # A signal that comes while a rank's Python starts kills it, and there is nothing to save.
             what = "nothing to save" if cause is None or cause["step"] is None else f"saved at step {cause['step']}"
-            return Outcome(Stopped.exit_code, f"{what} {_OCCASION[ended.signal]}", "again")
+            # Starts that meet their time limit before there is anything to save would follow each other for ever.
+            got_nowhere = ended.signal == signal.SIGUSR1 and self.run.newest_step() == self._first_step
+            return Outcome(Stopped.exit_code, f"{what} {_OCCASION[ended.signal]}", "again if progress" if got_nowhere else "again")
         if task := next((match for match in map(_TASK_ENDED.match, ended.said) if match and match[3] not in _BY_LAUNCHER), None):
             node, rank, how = task.groups()
             exited = re.fullmatch(r"Exited with exit code (\d+)", how)
@@ -291,7 +302,9 @@ class Supervisor:
                 return self.end(outcome.code, f"{outcome.why.rstrip('.')}; Slurm ends the job ({job.state}). `dqtrain resume {self.run.path}` goes on.")
             announced = outcome.then == "again"
             if not (outcome.bad and self.submit_successor(outcome, announced)):
-                self.run.event("requeue", job=self.job, why=outcome.why, announced=announced)
+                with suppress(OSError):  # here and below: a disk that fails must not cost the requeue
+                    self.run.event("requeue", job=self.job, why=outcome.why, announced=announced)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 slurm.requeue(slurm.this_job(), PATIENCE_S)
                 time.sleep(2 * _KILL_S)  # the requeue ends this process
         except UserError as error:
@@ -302,12 +315,13 @@ class Supervisor:
         """Queue a job that takes over when this one has ended; whether Slurm took it. A running job's own list of nodes to avoid cannot be changed."""
         exclude = sorted(read_excluded(self.run))
         try:
-            job = slurm.sbatch(batch_arguments(self.launch, self.run, exclude, after=self.job), PATIENCE_S)
+            job = slurm.sbatch(batch_arguments(self.launch, self.run, exclude, after=slurm.this_job()), PATIENCE_S)
         except UserError as error:
             print(f"dqtrain: no successor that avoids {', '.join(exclude)}: {error} This job is requeued instead.", file=sys.stderr, flush=True)
             return False
-        save_launch(self.launch.followed_by(job), self.run)
-        self.run.event("successor", job=job, why=outcome.why, exclude=exclude, announced=announced)
+        with suppress(OSError):
+            save_launch((load_launch(self.run) or self.launch).followed_by(job), self.run)  # read again: it was saved after this job was queued
+            self.run.event("successor", job=job, why=outcome.why, exclude=exclude, announced=announced)
         return True
 
     def starts_without_progress(self) -> int:

@@ -22,10 +22,10 @@ def main(path: Path) -> None:
             for stream in (1, 2):
                 os.dup2(log, stream)
             os.close(log)
+        sys.argv = ["dqtrain", "train", str(run.config)]
+        runpy.run_module("dqtrain", run_name="__main__", alter_sys=True)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
-    sys.argv = ["dqtrain", "train", str(run.config)]
-    runpy.run_module("dqtrain", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

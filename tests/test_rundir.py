@@ -363,3 +363,12 @@ def test_first_exit_is_what_the_others_followed_from(run: RunDir) -> None:
     assert (first["code"], first["message"], first["step"]) == (5, "loss is nan", 7)
     assert run.rank_exit(3).name == "rank-0003.json"
     assert run.first_exit(time.time_ns()) is None
+
+
+def test_a_mangled_event_costs_no_other(tmp_path):
+    run = RunDir(tmp_path)
+    run.event("submit", job="1")
+    with run.events.open("a") as events:
+        events.write('{"time": "2026-01-01T00:00:00+00:00", "event{"time": 3}\n17\n')  # two nodes at once
+    run.event("job_start", job="1")
+    assert [event["event"] for event in run.read_events()] == ["submit", "job_start"]

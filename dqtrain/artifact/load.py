@@ -95,7 +95,7 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
     """
     run = RunDir(path)
     if (path / "artifact.json").is_file():
-        return load_artifact(path)
+        return load_artifact(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     if run.config.is_file():
         model = _as_trained(meta_model(run.student), run)
         weights = checkpoint.readers(chosen_checkpoint(run), model)
@@ -131,6 +131,11 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
         return dispatch_model(model, device_map, offload_dir=files).eval()
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model that `load_spread` gave takes its inputs."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def _prefixes(name: str) -> Iterator[str]:
     """A parameter's name, its module's, that one's parent's, ..., and the empty name of all."""
     while name:
@@ -146,9 +151,9 @@ def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> st
     if model.config.is_encoder_decoder:
         if longest is not None and tokens > longest:
             raise ConfigError(f"{tokens} tokens are asked, but {path} has {longest} positions; ask for fewer.")
-        world = World(0, 1, 0, model.device)
+        world = World(0, 1, 0, input_device(model))
         return write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world)[0]
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]], device=model.device)
+    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]], device=input_device(model))
     if longest is not None and ids.shape[1] + tokens > longest:
         raise ConfigError(f"the prompt has {ids.shape[1]} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")
     generate: Any = model.generate
