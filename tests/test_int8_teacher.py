@@ -198,6 +198,7 @@ def test_a_weight_that_is_not_finite_is_named(value):
         readers["layers.0.weight"](5, torch.empty(7, dtype=torch.int8))
 
 
+@pytest.mark.slow
 def test_runs_with_a_teacher_in_int8_are_one_run_whole_or_in_partitions(world, make_run):
     logs = {}
     for dtype, stage in (("int8", 3), ("int8", 0), ("bf16", 3)):

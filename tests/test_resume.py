@@ -56,7 +56,7 @@ def test_uninterrupted_run_is_whole(uninterrupted):
     assert (uninterrupted.path / "rank-0001.log").read_text().count("Traceback") == 0
 
 
-@pytest.mark.parametrize("which", ["one rank, SIGUSR1", "Ctrl-C", "the stop file"])
+@pytest.mark.parametrize("which", ["one rank, SIGUSR1", "Ctrl-C", pytest.param("the stop file", marks=pytest.mark.slow)])
 def test_announced_stop_saves_and_continues_bit_for_bit(uninterrupted, make_run, which):
     run = make_run(train=LONG)
     process = run.start("train", str(run.config), "--ranks", "2")
