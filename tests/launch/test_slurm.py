@@ -138,6 +138,8 @@ def all_nodes(cluster: Cluster) -> Iterator[None]:
         cluster.devcluster("node", node, "off")
         cluster.do("node", node, "on")
     until(cluster.is_healthy, 120)
+    # Slurm believes in them before each reaches the others again: a job that started now might find one silent.
+    until(lambda: cluster.devcluster("run", "srun", "--nodes=4", "true").returncode == 0, 120)
 
 
 @pytest.fixture
