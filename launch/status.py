@@ -218,8 +218,9 @@ def _now(run: RunDir, launch: Launch | None, job: slurm.Job | None, problem: str
         return "rests", f"not running{said}; `dqtrain resume {run.path}` goes on"
     assert launch is not None
     if job.state == "PENDING":
+        reason = f" ({job.reason})" if job.reason != "None" else ""  # the scheduler has not looked at it yet
         expected = f", expected to start at {job.start.isoformat(timespec='minutes')}" if job.start is not None else ""
-        return "waits", f"job {launch.job} is queued ({job.reason}){expected}; {launch.shape}"
+        return "waits", f"job {launch.job} is queued{reason}{expected}; {launch.shape}"
     where = ",".join(job.nodes[:8]) + (",..." if len(job.nodes) > 8 else "")
     left = f", {clock(job.time_left_s)} left of this start" if job.time_left_s is not None else ""
     given = f"{len(job.nodes)} of " if launch.fewest_nodes < launch.nodes else ""
