@@ -331,7 +331,7 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: 
         weights = {name: weights[before] for name, before in names.items()}
     if config.teacher is not None:
         maps = _teacher_layers(config, model, maps, everything)
-    rounded = config.train.precision == "bf16_weights"
+    rounded = config.train.rounds_matrices
     if config.quant is None:
         if rounded:
             round_matrices(model)

@@ -23,7 +23,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -203,13 +202,13 @@ class Saver:
     Only `save` and `wait` are collective. The threads meet through files alone: a collective would interleave with those of training.
     """
 
-    def __init__(self, root: Path, world: World, keep_last: int, keep_every: int | None = None, on_saved: Callable[..., None] | None = None) -> None:
+    def __init__(self, root: Path, world: World, keep_last: int, keep_every: int | None = None, event: Callable[..., None] | None = None) -> None:
         """The newest `keep_last` are kept, `state["best"]`, and those of steps that `keep_every` divides.
 
-        `on_saved(step=, stall_s=, write_s=, bytes=)` is called by rank 0's thread when a checkpoint is complete: seconds that rank 0's training stood
-        still, seconds until the checkpoint was visible, bytes of all files.
+        Rank 0's thread calls `event("checkpoint", step=, stall_s=, write_s=, bytes=)` when one is complete: seconds that rank 0's training stood still,
+        seconds until the checkpoint was visible, bytes of all files; and `event("not_deleted", checkpoint=, problem=)` when an old one resists.
         """
-        self.root, self.world, self.keep_last, self.keep_every, self.on_saved = root, world, keep_last, keep_every, on_saved
+        self.root, self.world, self.keep_last, self.keep_every, self.event = root, world, keep_last, keep_every, event
         self._host: dict[str, Tensor] = {}
         self._step = 0
         self._thread: threading.Thread | None = None
@@ -268,7 +267,7 @@ class Saver:
         """Clear what dead runs left and make room; what is wrong, if anything."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            for left in [*self.root.glob(".tmp-*"), *self.root.glob(".old-*")]:  # an old done-*.json would be taken for a new one
+            for left in self.root.glob(".tmp-*"):  # an old done-*.json would be taken for a new one
                 shutil.rmtree(left)
             free = shutil.disk_usage(self.root).free
             if num_bytes > free:
@@ -298,10 +297,9 @@ class Saver:
             write_text(partial / f"done-{self.world.rank:05d}.json", json.dumps({"files": files, **snapshot.about}))
             if self.world.rank == 0:
                 num_bytes = self._commit(snapshot)
-                if self.on_saved is not None:
-                    self.on_saved(step=snapshot.step, stall_s=round(snapshot.stall_s, 4), write_s=round(time.monotonic() - started, 4), bytes=num_bytes)
-                with suppress(OSError):  # the checkpoint is there; what could not be deleted is tried again after the next one
-                    self._forget(snapshot.state.get("best"))
+                write_s = time.monotonic() - started
+                self._tell("checkpoint", step=snapshot.step, stall_s=round(snapshot.stall_s, 4), write_s=round(write_s, 4), bytes=num_bytes)
+                self._forget(snapshot.state.get("best"))
         except OSError as error:
             self._error = f"rank {self.world.rank}: {error}"
         except Exception:  # a mistake of ours: the main threads must hear of it, or they would wait for ever
@@ -333,13 +331,22 @@ class Saver:
         shutil.rmtree(self.root / f".old-{final.name}", ignore_errors=True)
         return sum(size for size, _ in files.values())
 
+    def _tell(self, kind: str, **fields: Any) -> None:
+        if self.event is not None:
+            self.event(kind, **fields)
+
     def _forget(self, best: dict[str, Any] | None) -> None:
-        """Delete the checkpoints that are not to be kept. Raises OSError."""
-        for name in _complete_names(self.root)[: -self.keep_last]:
-            step = int(name.removeprefix("step-"))
-            if (best is None or step != best["step"]) and (self.keep_every is None or step % self.keep_every):
-                (self.root / name).rename(self.root / f".old-{name}")
+        """Delete the checkpoints that are not to be kept; one that resists is tried again after the next save."""
+        kept = {_name(best["step"])} if best is not None else set()
+        old = {name for name in _complete_names(self.root)[: -self.keep_last] if self.keep_every is None or int(name.removeprefix("step-")) % self.keep_every}
+        left = {path.name.removeprefix(".old-") for path in self.root.glob(".old-*")}
+        for name in sorted(old - kept | left):
+            try:
+                if name in old - kept:
+                    (self.root / name).rename(self.root / f".old-{name}")
                 shutil.rmtree(self.root / f".old-{name}")
+            except OSError as error:
+                self._tell("not_deleted", checkpoint=name, problem=str(error))
 
     def _raise_if(self, problem: str | None) -> None:
         """Raise CheckpointError for a problem that all ranks know of. Collective."""

@@ -405,7 +405,7 @@ def _weights(run: RunDir, out: Path, step: int | None, dtype: str) -> int:
     from dqtrain import checkpoint
 
     run.load_config()
-    known = sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*"))
+    known = run.checkpoint_steps()
     if step is not None and step not in known:
         raise ConfigError(f"{run.checkpoints}: there is no checkpoint of step {step}, but of {', '.join(map(str, known)) or 'none yet'}. Give one of them.")
     folder, messages = (checkpoint.at_step(run.checkpoints, step), []) if step is not None else checkpoint.newest(run.checkpoints)

@@ -156,6 +156,11 @@ class Train(Block):
         """What products are computed in, of the teacher too."""
         return "fp32" if self.precision == "fp32" else "bf16"
 
+    @property
+    def rounds_matrices(self) -> bool:
+        """Whether every matrix is rounded to bf16 in the function that is trained."""
+        return self.precision == "bf16_weights"
+
     @model_validator(mode="after")
     def _check(self) -> "Train":
         if self.global_batch % self.micro_batch:

@@ -113,7 +113,7 @@ def open_model(path: Path) -> Source:
         model = empty_model(run.student)
         learned = checkpoint.fill(model, folder)
         trained = run.load_config()
-        return replace(_loaded(str(path), model, run.student), quant=trained.quant, rounded=trained.train.precision == "bf16_weights", learned=learned)
+        return replace(_loaded(str(path), model, run.student), quant=trained.quant, rounded=trained.train.rounds_matrices, learned=learned)
     if (path / "artifact.json").is_file():
         raise ConfigError(f"{path}: is a packed artifact, whose weights are codes already. Name the run that it came from, or a float model.")
     config = _read_config(path)
@@ -441,7 +441,7 @@ def inspect(
     """Print what the quantization of `--quant`, `--config`, or of the run itself does to a model; the exit code. Raises ConfigError."""
     quants = choose(text, config, grids, group_size)
     source = open_model(path)
-    rounded = config is not None and text is None and load_config(config).train.precision == "bf16_weights"
+    rounded = config is not None and text is None and load_config(config).train.rounds_matrices
     if not quants:
         if source.quant is None:
             raise ConfigError(f"{path} is a float model, and nothing says how to quantize it; give --quant, such as --quant 2-2-8, or --config FILE.yaml.")

@@ -135,6 +135,13 @@ class HeadLinear(nn.Linear):
         return super().forward(hidden) if then is None else then(hidden, self.weight, self.bias)
 
 
+def open_head(model: PreTrainedModel) -> None:
+    """Make the head of a model one that can be asked for its weight (`HeadLinear`), in place; a quantized one can already."""
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and not isinstance(head, HeadLinear):
+        set_own_class(head, HeadLinear)
+
+
 class LanguageModel(nn.Module):
     """A transformers model as hidden states and a head.
 
@@ -149,9 +156,7 @@ class LanguageModel(nn.Module):
         self.wanted = {"output_hidden_states": states, "output_attentions": attentions}
         if attentions:
             show_attention(model)
-        head = model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and not isinstance(head, HeadLinear):
-            set_own_class(head, HeadLinear)
+        open_head(model)
 
     def forward(self, inputs: Inputs, layers: bool = True) -> Outputs:
         """Inputs -> Outputs, hidden states in fp32; without `layers` nothing of inner layers, whatever the constructor was asked for."""

@@ -753,7 +753,7 @@ def cost_of(config: RunConfig, nodes: int, gpus: int, gpu: Gpu, models: Models |
     # Stages 1 and 2 reduce buckets by an all-reduce, which brings every element twice; stage 3 scatters.
     traffic = {"reductions": whole * {1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage]}
     if stage == 3:
-        saved = 2.0 * student.matrices if config.train.precision == "bf16_weights" else 0.0
+        saved = 2.0 * student.matrices if config.train.rounds_matrices else 0.0
         traffic["student's gathers"] = micro_batches * (whole - saved) * (1 + max(0, parameters - _live(config, student)) / parameters)
     else:
         traffic["student's gathers"] = whole

@@ -79,7 +79,7 @@ class RunDir:
     @property
     def has_checkpoint(self) -> bool:
         """Whether a complete checkpoint was ever written here; a damaged one counts."""
-        return any(self.checkpoints.glob("step-*"))
+        return bool(self.checkpoint_steps())
 
     @property
     def log(self) -> Path:
@@ -240,9 +240,13 @@ class RunDir:
         """All events, oldest first; a line that writers on two nodes of some file systems have mangled is left out."""
         return list(json_lines(self.events.read_text(errors="replace"))) if self.events.is_file() else []
 
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the committed checkpoints, by their names, oldest first."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
+
     def newest_step(self) -> int:
-        """Step of the newest committed checkpoint, by its name; 0 where there is none."""
-        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
+        """Step of the newest committed checkpoint; 0 where there is none."""
+        return max(self.checkpoint_steps(), default=0)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl: time (UTC), event, and the fields. Raises OSError."""

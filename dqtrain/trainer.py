@@ -48,7 +48,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         keep = self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
-        self.saver = checkpoint.Saver(self.run.checkpoints, self.world, *keep, partial(self.run.event, "checkpoint"))
+        self.saver = checkpoint.Saver(self.run.checkpoints, self.world, *keep, self.run.event)
 
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""

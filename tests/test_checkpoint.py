@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import hypothesis
 import pytest
@@ -630,6 +631,21 @@ def test_a_damaged_newest_checkpoint_does_not_cost_the_next_ones(make_run):
     assert (run.path / "checkpoints/damaged-step-000000011").is_dir()
 
 
+def test_what_cannot_be_deleted_is_said_and_ends_nothing(make_run):
+    run = make_run(train="{steps: 12, global_batch: 8, micro_batch: 4, lr: 1.0e-3}", checkpoint="{every_steps: 5, keep_last: 1}", eval="{}")
+    process = run.start("train", str(run.config))
+    run.wait_for_step(6, process)
+    process.terminate()
+    process.communicate(timeout=60)
+    last = visible(run)[-1]
+    last.with_name(f".old-{last.name}").write_text("no folder, so that none can take its name")
+    code, output = run.dqtrain("resume", str(run.path))
+    assert code == 0, output
+    told = [event for event in run_events(run) if event["event"] == "not_deleted"]
+    assert told and all(event["checkpoint"] == last.name and "Not a directory" in event["problem"] for event in told)
+    assert visible(run) == [last, last.with_name("step-000000012")]
+
+
 KILLS, SEED = int(os.environ.get("SOAK_KILLS", "6")), int(os.environ.get("SOAK_SEED", "7"))
 """`make soak` asks for hundreds."""
 
@@ -643,7 +659,7 @@ def test_killed_at_any_moment_it_leaves_no_broken_checkpoint_and_repeats_no_numb
     assert code == 0, output
     run, draw = make_run(train=train, checkpoint="{every_steps: 1}", eval="{}"), random.Random(SEED)
     command = ("train", str(run.config), "--ranks", "2")
-    for _ in range(KILLS):
+    for number in range(KILLS):
         before = visible(run)[-1:]
         process = run.start(*command)
         while visible(run)[-1:] == before:
@@ -651,9 +667,11 @@ def test_killed_at_any_moment_it_leaves_no_broken_checkpoint_and_repeats_no_numb
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.3))
         for pid in run.rank_pids().values():
-            os.kill(pid, 9)
+            with suppress(ProcessLookupError):  # the launcher was faster, once the first one had died
+                os.kill(pid, 9)
         output = process.communicate(timeout=120)[0]
         assert process.returncode not in (0, 2, 3, 4, 5, 75), output
+        print(f"kill {number + 1} of {KILLS} at {visible(run)[-1].name}", flush=True)
         assert visible(run) and all(checkpoint.problem_with(folder) is None for folder in visible(run))
         command = ("resume", str(run.path))
     code, output = run.dqtrain(*command, timeout_s=timeout_s)

@@ -21,7 +21,7 @@ from dqtrain.config import ActivationQuant, Generation
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.generation import generate as write
-from dqtrain.models import LanguageModel, by_names, empty_model, load_model, meta_model, open_weights
+from dqtrain.models import by_names, empty_model, load_model, meta_model, open_head, open_weights
 from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model, round_matrices
 from dqtrain.rundir import RunDir
 from dqtrain.world import World
@@ -71,7 +71,7 @@ def trained_model(run: RunDir, folder: Path) -> PreTrainedModel:
 def _as_trained(model: PreTrainedModel, run: RunDir) -> PreTrainedModel:
     """A float model as the run's student is, but for its weights and scales; in place."""
     config = run.load_config()
-    rounded = config.train.precision == "bf16_weights"
+    rounded = config.train.rounds_matrices
     if config.quant is not None:
         quantize_model(model, config.quant, initialise=False, rounded=rounded)
     elif rounded:
@@ -91,7 +91,7 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
     """As `load_any`, over the devices of this machine: its GPUs, then its memory, then temporary files, as far as each has room (accelerate).
 
     The model never is whole anywhere: tensors are read one at a time. An artifact, which is small, is loaded into memory. `max_memory`: bytes by GPU
-    number and `cpu` (default: what is free).
+    number and `cpu` (default: what is free). Raises CheckpointError as `load_any` does, ConfigError where the temporary files have no room.
     """
     run = RunDir(path)
     if (path / "artifact.json").is_file():
@@ -102,11 +102,19 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
     else:
         model = meta_model(path)
         weights = open_weights(path, model)
-    LanguageModel(model)  # gives the head its class, which accelerate's hooks must find
+    open_head(model)  # before accelerate's hooks, which look at a module's class
     classes = list(getattr(model, "_no_split_modules", None) or ())
     device_map = infer_auto_device_map(model, None if max_memory is None else dict(max_memory), classes)
+    places = {name: next(device_map[prefix] for prefix in _prefixes(name) if prefix in device_map) for name, _ in model.named_parameters()}
+    filed = sum(4 * parameter.numel() for name, parameter in model.named_parameters() if places[name] == "disk")
     files = tempfile.mkdtemp(prefix="dqtrain-")
     weakref.finalize(model, shutil.rmtree, files, ignore_errors=True)
+    free = shutil.disk_usage(files).free
+    if filed > free:  # a file that is mapped and finds no room kills the process
+        raise ConfigError(
+            f"{path}: {filed:,} bytes of it fit no device and would go to files in {tempfile.gettempdir()}, which has {free:,} free. "
+            "Set TMPDIR to a folder with more, or use a machine with more memory."
+        )
     index: dict[str, Any] = {}
     for names, tensor in list(by_names(model)):
         if not isinstance(tensor, nn.Parameter):
@@ -114,14 +122,13 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
             continue
         if names[0] not in weights:
             raise CheckpointError(f"{path}: has no tensor {names[0]}, which {type(model).__name__} needs. Save or export the model again.")
-        device = next(device_map[prefix] for prefix in _prefixes(names[0]) if prefix in device_map)
         value = torch.empty(tensor.shape)
         weights[names[0]](0, value.view(-1))
-        if device == "disk":
+        if places[names[0]] == "disk":
             for name in names:
                 index = offload_weight(value, name, files, index)
             continue
-        parameter = nn.Parameter(value.to(device), requires_grad=False)
+        parameter = nn.Parameter(value.to(places[names[0]]), requires_grad=False)
         for name in names:
             owner, _, key = name.rpartition(".")
             model.get_submodule(owner)._parameters[key] = parameter

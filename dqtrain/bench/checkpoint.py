@@ -172,7 +172,7 @@ def _measure(folder: Path, rounds: int, layers: int, width: int, vocabulary: int
 
     found: dict[str, list[float]] = {"whole": [], "stall": [], "load": []}
     written: list[int] = []
-    saver = Saver(folder / "checkpoints", world, keep_last=1, on_saved=lambda **saved: written.append(saved["bytes"]))
+    saver = Saver(folder / "checkpoints", world, keep_last=1, event=lambda kind, **saved: written.append(saved["bytes"]))
     for step in range(2 * (rounds + 1)):
         barrier()
         began = time.perf_counter()

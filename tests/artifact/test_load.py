@@ -1,13 +1,16 @@
 """A model that does not fit the memory computes from files what it computes in memory."""
 
 import gc
+import shutil
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import FAMILIES
 
 from dqtrain.artifact.load import load_any, load_spread
+from dqtrain.errors import ConfigError
 from dqtrain.models import Inputs, LanguageModel
 
 
@@ -29,6 +32,21 @@ def test_spread_over_memory_and_files(name, share, tmp_path):
     assert in_memory == size if share is None else in_memory <= share * size
     torch.testing.assert_close(logits(spread), logits(whole), rtol=1e-5, atol=1e-5)
     assert [names for names in spread.state_dict() if names not in whole.state_dict()] == []
+
+
+def test_too_little_room_for_files_is_said_before_any_is_written(tmp_path, monkeypatch):
+    model = FAMILIES["gpt2"]()
+    model.save_pretrained(tmp_path / "model")
+    size = 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "files"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=size - 1))
+    (tmp_path / "files").mkdir()
+    with pytest.raises(
+        ConfigError, match=rf"{size:,} bytes of it fit no device and would go to files in {tmp_path}/files, which has {size - 1:,} free. Set TMPDIR"
+    ):
+        load_spread(tmp_path / "model", {"cpu": 0})
+    gc.collect()
+    assert not any(tmp_path.glob("files/*"))
 
 
 def test_files_go_with_the_model(tmp_path, monkeypatch):
