@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from dqtrain.errors import ConfigError, UserError
 from dqtrain.rundir import RunDir, json_lines
+from dqtrain.signals import withdraw
 from launch import slurm
 from launch.submit import Launch, living_owner, load_launch, newest_job, read_excluded
 
@@ -165,7 +166,7 @@ def status(path: Path) -> str:
             lines.append(("time", f"{clock(spent.wall)}, of which {spent.goodput:.0%} goodput, {shares}"))
     if run.result.exists():
         return _text(lines)
-    lines += [("avoids", f"{node} until {entry['until']}: {entry['why']}") for node, entry in read_excluded(run).items()]
+    lines += [("avoids", f"{node} {entry}") for node, entry in read_excluded(run).items()]
     if what != "runs":
         ends = [event for event in events if event["event"] in ("job_end", "stopped", "srun_end") and (event.get("why") or event.get("message"))]
         lines += [("last end", ends[-1].get("why") or ends[-1]["message"])] if ends else []
@@ -223,7 +224,7 @@ def _now(run: RunDir, launch: Launch | None, job: slurm.Job | None, problem: str
         return "waits", f"job {launch.job} is queued{reason}{expected}; {launch.shape}"
     where = ",".join(job.nodes[:8]) + (",..." if len(job.nodes) > 8 else "")
     left = f", {clock(job.time_left_s)} left of this start" if job.time_left_s is not None else ""
-    given = f"{len(job.nodes)} of " if launch.fewest_nodes < launch.nodes else ""
+    given = f"{len(job.nodes)} of " if launch.min_nodes < launch.nodes else ""
     return "runs", f"job {launch.job} is {job.state.lower()} on {where}; {given}{launch.shape}{left}"
 
 
@@ -278,7 +279,7 @@ def stop(path: Path) -> str:
     if what == "waits" and job is not None:
         assert launch is not None and launch.job is not None
         slurm.cancel(launch.job)  # not job.id, which of an array that waits is the whole of it
-        run.stop.unlink(missing_ok=True)
+        withdraw(run.stop)
         return f"job {launch.job} has left the queue. `dqtrain resume {run.path}` goes on."
     return f"asked {run.path} to save and end at its next step; `dqtrain status {run.path}` shows when it has. {f'({problem})' if problem else ''}".rstrip()
 

@@ -23,10 +23,10 @@ from types import FrameType
 from typing import Any, Literal
 
 from dqtrain.errors import FINAL_CODES, ConfigError, Stopped, UserError
-from dqtrain.files import write_text
 from dqtrain.rundir import ENDED_JOB, RunDir
+from dqtrain.signals import withdraw
 from launch import slurm
-from launch.submit import Launch, batch_arguments, load_launch, read_excluded, save_launch
+from launch.submit import Excluded, Launch, batch_arguments, load_launch, read_excluded, save_excluded, save_launch
 
 HEALTH_S = 180.0
 """Seconds that a node has to answer the health check."""
@@ -313,7 +313,7 @@ class Supervisor:
 
     def submit_successor(self, outcome: Outcome, announced: bool) -> bool:
         """Queue a job that takes over when this one has ended; whether Slurm took it. A running job's own list of nodes to avoid cannot be changed."""
-        exclude = sorted(read_excluded(self.run))
+        exclude = sorted({*self.excluded(), *outcome.bad})
         try:
             job = slurm.sbatch(batch_arguments(self.launch, self.run, exclude, after=slurm.this_job()), PATIENCE_S)
         except UserError as error:
@@ -344,7 +344,7 @@ class Supervisor:
 
     def stopped(self) -> int:
         """End as asked."""
-        self.run.stop.unlink(missing_ok=True)
+        withdraw(self.run.stop)
         self.end(Stopped.exit_code, f"stopped as asked; `dqtrain resume {self.run.path}` goes on")
         return 0
 
@@ -358,11 +358,21 @@ class Supervisor:
         """Have later jobs of the run avoid nodes for the site's `exclude_hours`."""
         if not bad:
             return
-        until = (datetime.now(UTC) + timedelta(hours=self.launch.site.exclude_hours)).isoformat(timespec="seconds")
-        entries = read_excluded(self.run) | {node: {"until": until, "why": why} for node, why in bad.items()}
-        write_text(self.run.excluded, json.dumps(entries, indent=1) + "\n")
-        for node, why in bad.items():
-            self.run.event("exclude", node=node, why=why, until=until)
+        until = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=self.launch.site.exclude_hours)
+        try:
+            save_excluded(self.excluded() | {node: Excluded(until=until, why=why) for node, why in bad.items()}, self.run)
+            for node, why in bad.items():
+                self.run.event("exclude", node=node, why=why, until=until.isoformat())
+        except OSError as error:  # the run goes on, and may meet the node again
+            print(f"dqtrain: {self.run.excluded} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+    def excluded(self) -> dict[str, Excluded]:
+        """The nodes that the run avoids; none, and a word on it, where the list is damaged: that is no reason to end."""
+        try:
+            return read_excluded(self.run)
+        except ConfigError as error:
+            print(f"dqtrain: {error}", file=sys.stderr, flush=True)
+            return {}
 
 
 _STEP = ("--export=ALL", "--mpi=none", "--input=none")

@@ -196,7 +196,7 @@ def launched(run: RunDir, job: str, *history: str) -> None:
     from launch.site import Site
 
     site = Site.model_validate_json('{"gpus_per_node": 0, "grace_s": 2}')
-    save_launch(Launch(site=site, nodes=2, time="1:00:00", python=Path(sys.executable), folder=run.path, job=job, history=history), run)
+    save_launch(Launch(site=site, nodes=2, min_nodes=2, time="1:00:00", python=Path(sys.executable), folder=run.path, job=job, history=history), run)
 
 
 def test_restarts_nodes_and_a_slow_save(run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
