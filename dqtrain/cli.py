@@ -226,7 +226,7 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
     run.refuse_if_owned()
     withdraw(run.stop)  # it asked an earlier start
     print(f"{'starting' if run.claim(config) == 'start' else 'continuing'} {run.path} on {ranks} rank{'s' if ranks > 1 else ''}", flush=True)
-    run.event("launch", ranks=ranks)
+    run.event("launch", ranks=ranks, logged=run.logged_step())
     code = run_ranks([sys.executable, "-m", "dqtrain", "train", str(run.config), "--ranks", str(ranks)], ranks, run)
     if code not in (0, *FINAL_CODES):
         others = f" The other ranks' output is in {run.path}/rank-*.log." if ranks > 1 else ""

@@ -27,6 +27,9 @@ HEARTBEAT_S = 10
 OWNER_DEAD_S = 120
 """Seconds without a heartbeat after which an owner on another host is taken for dead."""
 
+LOG_END_BYTES = 1 << 16
+"""What is read of a log that may be long."""
+
 ENDED_JOB = "DQTRAIN_ENDED_JOB"
 """Variable with the id of a Slurm job that has ended, as its supervisor's successor was told by Slurm: an owner in it is dead whatever its heartbeat."""
 
@@ -239,6 +242,19 @@ class RunDir:
     def read_events(self) -> list[dict[str, Any]]:
         """All events, oldest first; a line that writers on two nodes of some file systems have mangled is left out."""
         return list(json_lines(self.events.read_text(errors="replace"))) if self.events.is_file() else []
+
+    def log_end(self) -> list[dict[str, Any]]:
+        """The last lines of the log, LOG_END_BYTES of them, oldest first."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_END_BYTES))
+                return list(json_lines(file.read().decode(errors="replace")))
+        except FileNotFoundError:
+            return []
+
+    def logged_step(self) -> int:
+        """The last step in the log; 0 where there is none."""
+        return max((line.get("step", 0) for line in self.log_end()), default=0)
 
     def newest_step(self) -> int:
         """Step of the newest committed checkpoint, by its name; 0 where there is none."""

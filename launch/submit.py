@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dqtrain.plan import cheapest, plan
 from dqtrain.rundir import RunDir
 from dqtrain.signals import withdraw
 from launch import slurm
-from launch.site import Site
+from launch.site import Container, Site
 
 ROOT = Path(__file__).resolve().parent.parent
 """Where this code is: the packages, and slurm/ beside them."""
@@ -72,6 +72,14 @@ class Launch(Block):
     def shape(self) -> str:
         """`2-4 nodes x 8 ranks`."""
         return f"{self.asked_nodes} node{'s' if self.nodes > 1 else ''} x {self.site.ranks} rank{'s' if self.site.ranks > 1 else ''}"
+
+    def python_on_nodes(self, run: RunDir) -> list[str]:
+        """What stands between srun's flags and Python's arguments: the interpreter, or what starts that of the site's container."""
+        site = self.site
+        if site.container is None:
+            return [str(self.python)]
+        variables = {"PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1", **site.variables}
+        return site.container.words(self.folder, [run.path, *([site.scratch] if site.scratch else [])], variables, site.gpus_per_node > 0)
 
     def followed_by(self, job: str) -> "Launch":
         """The same with a newer job."""
@@ -167,6 +175,8 @@ def batch_flags(launch: Launch, name: str, exclude: Collection[str] = ()) -> dic
         "signal": f"B:USR1@{site.signal_s}",
         "export": ",".join((*KEPT_VARIABLES, *site.keep_environment)),
         "exclude": ",".join(sorted(exclude)) or None,
+        "mail-user": site.mail and site.mail.address,
+        "mail-type": site.mail and ",".join(site.mail.events),
     }
     further = (flag.removeprefix("--").partition("=") for flag in site.flags)
     typed = {flag: str(value) for flag, value in flags.items() if value is not None}
@@ -192,7 +202,8 @@ def submit(config: RunConfig, launch: Launch, run: RunDir, dry_run: bool = False
     exclude = read_excluded(run)
     if dry_run:
         run.refuse_if_owned()
-        return f"{slurm.sbatch_line(batch_arguments(launch, run, exclude))}\n\n{(ROOT / SCRIPT).read_text()}"
+        inside = shlex.join([*launch.python_on_nodes(run), "-m", "launch.task", str(run.path)])
+        return f"{slurm.sbatch_line(batch_arguments(launch, run, exclude))}\n\n{(ROOT / SCRIPT).read_text()}\n# Each rank: srun ... {inside}"
     refuse_live(run)
     slurm.require("sbatch")
     notes = provide(config, launch, run, new_code)
@@ -214,6 +225,8 @@ _NEXT = {"status": "what it does", "logs -f": "what it prints", "stop": "save, t
 def check(config: RunConfig, launch: Launch, run: RunDir) -> RunConfig:
     """The config with the run's own path, if it can run so. Raises ConfigError; nothing is touched, and Slurm is not asked."""
     _check_name(run.path)
+    if launch.site.container is not None:
+        _check_container(launch.site.container, (run.path, launch.folder))
     check_ranks(config.train, launch.ranks)
     if launch.site.gpu is not None:
         asked = plan(config, launch.min_nodes, launch.site.ranks, launch.site.gpu)
@@ -280,6 +293,17 @@ def _check_name(path: Path) -> None:
     strange = sorted(set("%\\:\n") & set(str(path)))
     if strange:
         raise ConfigError(f"run.dir: {path} holds {' and '.join(map(repr, strange))}, which Slurm or Python reads as something else. Use another run.dir.")
+
+
+def _check_container(container: Container, places: Sequence[Path]) -> None:
+    """The image must be there, and the places must be ones that can be mounted."""
+    if container.file is not None and not container.file.exists():
+        raise ConfigError(f"container.image: {container.file} is not there. Give an image on a disk that this machine and all nodes share.")
+    for place in places:
+        if set(",:") & set(str(place)):
+            raise ConfigError(
+                f"{place} cannot be mounted in a container, for its name holds a comma or a colon. Use another run.dir, or submit from another folder."
+            )
 
 
 def _copy_code(run: RunDir, new_code: bool) -> list[str]:

@@ -88,6 +88,7 @@ class Supervisor:
         self.job, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.nodes = slurm.expand(os.environ["SLURM_JOB_NODELIST"])
         self.ranks = len(self.nodes) * launch.site.ranks
+        self.python = launch.python_on_nodes(run)
         self._ended_job: str | None = None
         self._first_step = 0  # of the newest checkpoint when this start began
 
@@ -108,7 +109,8 @@ class Supervisor:
             return error.exit_code
         lost = self.nodes_lost_before()
         self._first_step = self.run.newest_step()
-        self.run.event("job_start", job=self.job, restart=self.restart, nodes=self.nodes, ranks=self.ranks, step=self._first_step)
+        where = {"step": self._first_step, "logged": self.run.logged_step()}
+        self.run.event("job_start", job=self.job, restart=self.restart, nodes=self.nodes, ranks=self.ranks, **where)
         self.exclude(lost)
         bad = self.check_nodes()
         self.run.event("node_check", bad=bad)
@@ -161,7 +163,7 @@ class Supervisor:
         count = f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}", "--ntasks-per-node=1", "--cpus-per-task=1"
         environment = {name: value for name, value in os.environ.items() if name != "SLURM_CPUS_PER_TASK"}  # srun refuses two that differ
         before = time.time()
-        process = slurm.srun([*count, *_STEP, "--overlap", sys.executable, "-m", "launch.health", str(self.run.path)], environment, subprocess.PIPE)
+        process = slurm.srun([*count, *_STEP, "--overlap", *self.python, "-m", "launch.health", str(self.run.path)], environment, subprocess.PIPE)
         try:
             output, said = process.communicate(timeout=HEALTH_S)
         except subprocess.TimeoutExpired:
@@ -199,7 +201,7 @@ class Supervisor:
         before = self._stacks()
         since_ns = time.time_ns()
         shape = f"--nodes={len(self.nodes)}", f"--ntasks={self.ranks}", f"--ntasks-per-node={self.launch.site.ranks}", "--distribution=block"
-        process = slurm.srun([*shape, *_STEP, "--kill-on-bad-exit=1", sys.executable, "-m", "launch.task", str(self.run.path)], self._variables())
+        process = slurm.srun([*shape, *_STEP, "--kill-on-bad-exit=1", *self.python, "-m", "launch.task", str(self.run.path)], self._variables())
         said: list[str] = []
         reader = threading.Thread(target=_pass_on, args=(process, said), daemon=True)
         reader.start()

@@ -194,6 +194,38 @@ def test_preemption(make_job, whole: Run, cluster: Cluster, tmp_path: Path) -> N
     assert [(event["job"], event["restart"]) for event in run.events("job_start")] == [(job, 0), (job, 1)]
 
 
+APPTAINER = """\
+#!/bin/bash
+# What `apptainer exec --bind=SOURCE:PLACE,... IMAGE COMMAND...` must be given, and no more: the command sees this machine.
+[[ $1 == exec && $2 == --bind=* && -f $3 ]] || exit 99
+IFS=, read -ra mounts <<<"${2#--bind=}"
+for mount in "${mounts[@]}"; do [[ -e ${mount%%:*} ]] || exit 98; done
+export APPTAINER_CONTAINER=$3 PYTHONPATH=/an/image/may/set/this
+shift 3
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_ranks_in_a_container(make_job, whole: Run, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/apptainer").write_text(APPTAINER)
+    (tmp_path / "bin/apptainer").chmod(0o755)
+    (tmp_path / "image.sif").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    run = make_job(site={"container": {"kind": "apptainer", "image": f"{tmp_path}/image.sif", "python": sys.executable}})
+    job = run.submit()
+    run.until_step(3)
+    entry = f"APPTAINER_CONTAINER={tmp_path}/image.sif"
+    inside = {pid: entry in Path(f"/proc/{pid}/environ").read_text() for pid in (*run.pids().values(), *run.processes("launch.supervisor"))}
+    assert list(inside.values()) == [True, True, False]
+    assert run.events("node_check")[0]["bad"] == {}
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    run.until(lambda: run.events("requeue"))
+    run.finish(whole, announced=1)
+    assert run.events("stopped")[0]["step"] == run.events("resume")[0]["step"]
+
+
 # ---- what comes without notice: at most one checkpoint interval is made twice
 
 

@@ -67,7 +67,7 @@ def test_a_dry_run_prints_the_command_and_touches_nothing(files: Path, no_slurm:
         "--cpus-per-task=6", "--gpus-per-node=8", "--mem=200G", "--time=1-02:00:00", "--signal=B:USR1@160",
         "--export=ALL", "--constraint=a100", "--comment=two words", f"{run}/code/slurm/train.sbatch", str(run), sys.executable, "cuda/12.8", "gcc",
     ]  # fmt: skip
-    assert script == (ROOT / SCRIPT).read_text() + "\n"
+    assert script == f"{(ROOT / SCRIPT).read_text()}\n# Each rank: srun ... {sys.executable} -m launch.task {run}\n"
 
 
 def test_what_is_left_out_of_a_site_is_left_to_slurm(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +110,33 @@ def test_the_printed_command_does_what_submit_does(files: Path, capsys: pytest.C
     assert (files / "called").read_text() == called
 
 
+CONTAINER = "{kind: %s, image: %s, mounts: [/data, '/a:/b:ro'], python: /opt/python}"
+
+
+@pytest.mark.parametrize(
+    "kind, image, gpus, words",
+    [
+        ("pyxis", "docker://nvcr.io#nvidia/pytorch:26.01-py3", 0, ["--container-image={image}", "--container-mounts={mounts}", "--container-workdir={folder}"]),
+        ("pyxis", "{files}/image", 8, ["--container-image={image}", "--container-mounts={mounts}", "--container-workdir={folder}"]),
+        ("apptainer", "{files}/image", 8, ["apptainer", "exec", "--nv", "--bind={mounts}", "{image}"]),
+        ("apptainer", "{files}/image", 0, ["apptainer", "exec", "--bind={mounts}", "{image}"]),
+    ],
+)
+def test_ranks_in_a_container(files: Path, capsys: pytest.CaptureFixture[str], kind: str, image: str, gpus: int, words: list[str]) -> None:
+    (files / "image").touch()
+    image = image.format(files=files)
+    site = f"gpus_per_node: {gpus}\nranks_per_node: 1\ntime: 1:00:00\nscratch: /scratch\ninterface: ib0\nenvironment: {{A: b c}}\nmail: {{address: me@x.org}}\n"
+    (files / "site.yaml").write_text(f"{site}container: {CONTAINER % (kind, image)}\n")
+    assert main(arguments(files, "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert {"--mail-user=me@x.org", "--mail-type=END,FAIL"} <= set(shlex.split(said.split("\n\n")[0]))
+    run, folder = files / "run", Path.cwd()
+    names = {"image": image, "folder": folder, "mounts": f"{folder}:{folder},{run}:{run},/scratch:/scratch,/data:/data,/a:/b:ro"}
+    variables = [f"PYTHONPATH={run}/code", "PYTHONSAFEPATH=1", "OMP_NUM_THREADS=1", "GLOO_SOCKET_IFNAME=ib0", "NCCL_SOCKET_IFNAME=ib0", "A=b c"]
+    expected = [word.format(**names) for word in words] + ["env", *variables, "/opt/python", "-m", "launch.task", str(run)]
+    assert shlex.split(said.partition("# Each rank: srun ... ")[2]) == expected
+
+
 def test_nodes_that_failed_are_avoided_until_they_are_not(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "run").mkdir()
     entries = {"node3": {"until": "2999-01-01T00:00:00+00:00", "why": "a"}, "node2": {"until": "2020-01-01T00:00:00+00:00", "why": "b"}}
@@ -149,6 +176,8 @@ BIG = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "
         ("ranks_per_node: 9", [], "which 9 ranks cannot share"),
         ("colour: red", [], "site.yaml:3: colour: unknown key."),
         ("", ["train.micro_batch=8", "--nodes", "1-2"], "which 2 ranks cannot share"),
+        ("container: {{kind: pyxis, image: {files}/none}}", [], "container.image: {files}/none is not there."),
+        ("container: {{kind: pyxis, image: docker://a}}", ["run.dir={files}/a,b"], "{files}/a,b cannot be mounted in a container"),
         ("", ["--time", "soon"], "--time: time is `soon`, but must be [DAYS-]HOURS:MINUTES:SECONDS"),
         ("", ["--time", "0:03:00"], "--time: time is 0:03:00, 180 s, of which the last 180 are for saving"),
         ("", ["run.dir={files}/a%b"], "a%b holds '%', which Slurm or Python reads as something else."),
@@ -162,10 +191,10 @@ def test_what_cannot_run_is_refused_and_nothing_touched(
     files: Path, no_slurm: None, capsys: pytest.CaptureFixture[str], change: str, more: list[str], message: str
 ) -> None:
     with (files / "site.yaml").open("a") as site:
-        site.write(change)
+        site.write(change.format(files=files))
     before = snapshot(files)
     assert main(arguments(files, *(word.format(files=files) for word in more))) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(files=files) in capsys.readouterr().err
     assert snapshot(files) == before
 
 
