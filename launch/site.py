@@ -103,6 +103,8 @@ class Site(Block):
     """Network interface that gloo and NCCL open their sockets on; null: they choose."""
     scratch: Path | None = None
     """A directory of each node whose free space is looked at before training; null: none."""
+    least_link_gb_s: float | None = Field(None, ge=0)
+    """GB/s that a node must reach with one of three others before training; 0: noted, not judged; null: not measured, which saves a start of torch."""
     environment: dict[Variable, str] = {}
     """Variables of all ranks."""
     keep_environment: tuple[Variable, ...] = ()

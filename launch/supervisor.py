@@ -113,7 +113,6 @@ class Supervisor:
         self.run.event("job_start", job=self.job, restart=self.restart, nodes=self.nodes, ranks=self.ranks, **where)
         self.exclude(lost)
         bad = self.check_nodes()
-        self.run.event("node_check", bad=bad)
         if bad:
             outcome = self.judge_nodes(bad)
         elif self._signal is not None:
@@ -159,11 +158,32 @@ class Supervisor:
         return {node: f"Slurm says {state}" for node, state in states.items() if state.endswith("*") or state.startswith(("down", "fail", "drain", "error"))}
 
     def check_nodes(self) -> dict[str, str]:
-        """Node that cannot train -> why, by launch/health.py on each."""
+        """Node that cannot train -> why: by launch/health.py on each, and where all is well and the site asks for it, by how fast they reach each other."""
+        begin = time.time()
+        answers = self.ask_nodes("launch.health", str(self.run.path))
+        end = time.time()
+        bad = {}
+        for node in self.nodes:
+            found = list(answers[node]["problems"]) if node in answers else [f"{_SILENT} within {end - begin:.0f} s"]
+            if node in answers and not begin - CLOCK_S <= answers[node]["time"] <= end + CLOCK_S:
+                found.append(f"its clock is off by {answers[node]['time'] - end:.0f} s")
+            if found:
+                bad[node] = "; ".join(found)
+        least, links = self.launch.site.least_link_gb_s, {}
+        if least is not None and len(self.nodes) > 1 and not bad:
+            links = {node: answer["gb_s"] for node, answer in self.ask_nodes("dqtrain.bench.links").items()}
+            slow = {node: f"reaches other nodes with at most {links[node]} GB/s (least_link_gb_s {least})" for node in links if links[node] < least}
+            bad = slow | {node: f"{_SILENT} when links were measured" for node in self.nodes if node not in links}
+        self.run.event("node_check", bad=bad, seconds=round(time.time() - begin, 1), **({"links": links} if links else {}))
+        return bad
+
+    def ask_nodes(self, *module: str) -> dict[str, dict[str, Any]]:
+        """Node -> the JSON line that a module prints there, in one process for each node; of one that does not do so within HEALTH_S, nothing."""
         count = f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}", "--ntasks-per-node=1", "--cpus-per-task=1"
-        environment = {name: value for name, value in os.environ.items() if name != "SLURM_CPUS_PER_TASK"}  # srun refuses two that differ
-        before = time.time()
-        process = slurm.srun([*count, *_STEP, "--overlap", *self.python, "-m", "launch.health", str(self.run.path)], environment, subprocess.PIPE)
+        environment = self._variables()
+        for name in ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"):  # srun refuses two that differ
+            environment.pop(name, None)
+        process = slurm.srun([*count, *_STEP, "--overlap", *self.python, "-m", *module], environment, subprocess.PIPE)
         try:
             output, said = process.communicate(timeout=HEALTH_S)
         except subprocess.TimeoutExpired:
@@ -173,18 +193,9 @@ class Supervisor:
             except subprocess.TimeoutExpired:  # a task that no signal reaches: srun waits for it
                 process.kill()
                 output, said = process.communicate()
-        after = time.time()
-        answers = {line["node"]: line for line in map(json.loads, re.findall(rb"^{.*}$", output, re.MULTILINE))}
         sys.stderr.buffer.write(said)
         sys.stderr.flush()
-        bad = {}
-        for node in self.nodes:
-            found = list(answers[node]["problems"]) if node in answers else [f"{_SILENT} within {after - before:.0f} s"]
-            if node in answers and not before - CLOCK_S <= answers[node]["time"] <= after + CLOCK_S:
-                found.append(f"its clock is off by {answers[node]['time'] - after:.0f} s")
-            if found:
-                bad[node] = "; ".join(found)
-        return bad
+        return {line["node"]: line for line in map(json.loads, re.findall(rb"^{.*}$", output, re.MULTILINE))}
 
     def judge_nodes(self, bad: Mapping[str, str]) -> Outcome:
         """What follows from a failed health check."""

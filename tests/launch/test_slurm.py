@@ -114,6 +114,25 @@ def test_a_mistake_that_only_rank_0_sees_is_never_requeued_and_a_sick_node_is_av
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
+def test_a_node_with_a_slow_link_is_avoided(make_job, cluster: Cluster) -> None:
+    on_node2 = ("srun", "--nodelist=node2", "tc", "qdisc")
+    cluster.run(*on_node2, "add", "dev", "eth0", "root", "tbf", "rate", "60mbit", "burst", "64kb", "latency", "400ms")
+    try:
+        run = make_job(site={"least_link_gb_s": 0.02})
+        first = run.submit(nodes=3)
+        run.until(lambda: len(run.events("node_check")) == 2)
+    finally:
+        cluster.run(*on_node2, "del", "dev", "eth0", "root")
+    one, two = run.events("node_check")
+    assert sorted(one["links"]) == ["node1", "node2", "node3"]
+    assert one["links"]["node2"] < 0.0075 * 1.2 and min(one["links"]["node1"], one["links"]["node3"]) > 0.02
+    assert one["bad"] == {"node2": f"reaches other nodes with at most {one['links']['node2']} GB/s (least_link_gb_s 0.02)"}
+    assert run.job != first and [event["node"] for event in run.events("exclude")] == ["node2"]
+    assert two["bad"] == {} and run.nodes() == ["node1", "node3", "node4"]
+    run.until(lambda: run.events("start"))
+
+
 # ---- what is announced: nothing is made twice
 
 
