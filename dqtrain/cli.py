@@ -15,7 +15,7 @@ from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, Stopped, U
 from dqtrain.files import DISK_ERRORS
 from dqtrain.plan import GPUS, cheapest, fastest, plan
 from dqtrain.rundir import RunDir, model_directory, start_directory
-from dqtrain.signals import stop_at_once
+from dqtrain.signals import stop_at_once, withdraw
 from launch import status
 from launch.local import run_ranks
 from launch.site import load_site
@@ -224,9 +224,9 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
     run = RunDir(config.run.dir)
     run.check_claim(config)
     run.refuse_if_owned()
+    withdraw(run.stop)  # it asked an earlier start
     print(f"{'starting' if run.claim(config) == 'start' else 'continuing'} {run.path} on {ranks} rank{'s' if ranks > 1 else ''}", flush=True)
-    run.stop.unlink(missing_ok=True)  # it asked an earlier start
-    run.event("launch", ranks=ranks)
+    run.event("launch", ranks=ranks, logged=run.logged_step())
     code = run_ranks([sys.executable, "-m", "dqtrain", "train", str(run.config), "--ranks", str(ranks)], ranks, run)
     if code not in (0, *FINAL_CODES):
         others = f" The other ranks' output is in {run.path}/rank-*.log." if ranks > 1 else ""

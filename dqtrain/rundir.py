@@ -27,6 +27,9 @@ HEARTBEAT_S = 10
 OWNER_DEAD_S = 120
 """Seconds without a heartbeat after which an owner on another host is taken for dead."""
 
+LOG_END_BYTES = 1 << 16
+"""What is read of a log that may be long."""
+
 ENDED_JOB = "DQTRAIN_ENDED_JOB"
 """Variable with the id of a Slurm job that has ended, as its supervisor's successor was told by Slurm: an owner in it is dead whatever its heartbeat."""
 
@@ -243,6 +246,19 @@ class RunDir:
     def checkpoint_steps(self) -> list[int]:
         """Steps of the committed checkpoints, by their names, oldest first."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
+
+    def log_end(self) -> list[dict[str, Any]]:
+        """The last lines of the log, LOG_END_BYTES of them, oldest first."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_END_BYTES))
+                return list(json_lines(file.read().decode(errors="replace")))
+        except FileNotFoundError:
+            return []
+
+    def logged_step(self) -> int:
+        """The last step in the log; 0 where there is none."""
+        return max((line.get("step", 0) for line in self.log_end()), default=0)
 
     def newest_step(self) -> int:
         """Step of the newest committed checkpoint; 0 where there is none."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from dqtrain.errors import Stopped
+from dqtrain.errors import ConfigError, Stopped
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOOK_S = 1.0
@@ -21,6 +21,16 @@ def stop_at_once() -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
+
+
+def withdraw(file: Path) -> None:
+    """Remove a stop or save file, if it is there. Raises ConfigError for a directory."""
+    try:
+        file.unlink(missing_ok=True)
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{file} is a directory, but an empty file of that name asks a run to {file.name}. Remove it, then `dqtrain resume {file.parent}`."
+        ) from None
 
 
 class Requests:
@@ -45,9 +55,9 @@ class Requests:
         return stop or self._received, save
 
     def done(self, record: Callable[[str], None]) -> None:
-        """What the files asked for is done: each is recorded as stop_requested or save_requested, then removed. Raises OSError."""
+        """What the files asked for is done: each is recorded as stop_requested or save_requested, then removed. Raises ConfigError, OSError."""
         for file, found in zip(self._files, self._found, strict=False):
             if found:
                 record(f"{file.name}_requested")
-                file.unlink(missing_ok=True)
+                withdraw(file)
         self._found = [False, False]

@@ -3,12 +3,12 @@
 import io
 import os
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from copy import copy
 from pathlib import Path
 
-from launch.slurm import SlurmError
+from launch import slurm
 
 # Else its import sets up logging, which closes the handlers of everyone in the process, and with absl's (TensorBoard has it) what stderr was when that was imported.
 os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
@@ -33,7 +33,7 @@ class Array:
 
     def __init__(self, folder: Path, flags: dict[str, str | None], modules: Sequence[str], python: Path) -> None:
         load = ["type -t module >/dev/null || source /etc/profile", f"module load {shlex.join(modules)} || exit 2"] if modules else []
-        self._kept = (flags["export"] or "").split(",")
+        self._export = flags["export"] or ""
         # Without srun and by exec, so that the signal before the time limit, which is for the batch process, reaches the command.
         self._executor = _Executor(folder, python=f"exec {shlex.quote(str(python))}")
         self._executor.update_parameters(
@@ -54,20 +54,19 @@ class Array:
     def submit(self, commands: Sequence[Sequence[str]]) -> list[tuple[str, Path]]:
         """Queue them; the id of each one's job, JOB_TASK or of a single one JOB, and the file that it prints to. Raises SlurmError with what sbatch said."""
         try:
-            with redirect_stderr(io.StringIO()), _environment_of(self._kept):  # submitit prints what it also raises
+            with redirect_stderr(io.StringIO()), _only(slurm.handed_on(self._export)):  # submitit prints what it also raises
                 jobs = self._executor.map_array(os.execv, [command[0] for command in commands], commands)
         except (FailedJobError, FailedSubmissionError) as error:
-            raise SlurmError(f"`sbatch` failed: {'; '.join(str(error).strip().splitlines()[-3:])}.") from None
+            raise slurm.SlurmError(f"`sbatch` failed: {'; '.join(str(error).strip().splitlines()[-3:])}.") from None
         return [(job.job_id, job.paths.stdout) for job in jobs]
 
 
 @contextmanager
-def _environment_of(names: Collection[str]) -> Iterator[None]:
-    """This process with these variables alone, which sbatch hands on, and its own settings: see `slurm.sbatch` for why --export does not name them."""
+def _only(variables: Mapping[str, str]) -> Iterator[None]:
+    """This process with these variables alone, which sbatch hands on."""
     all_of_them = dict(os.environ)
-    for name in all_of_them:
-        if name not in names and not name.startswith(("SLURM_CONF", "SLURM_CLUSTERS", "SBATCH_")):
-            del os.environ[name]
+    for name in all_of_them.keys() - variables.keys():
+        del os.environ[name]
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """Whether a node can train, in a second: `python -m launch.health RUN` on each node prints one JSON line, {"node", "time", "problems"}.
 
-Disks are written and read back, GPUs counted and asked for memory errors. What only shows under load, such as a slow link, is not looked for.
+Disks are written and read back, GPUs counted and asked for memory errors. How fast nodes reach each other is dqtrain/bench/links.py's business.
 """
 
 import json

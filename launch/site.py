@@ -4,8 +4,9 @@ Read on the login node and copied into each run's `launch.json`, so that a run k
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -17,13 +18,62 @@ SLACK_S = 60
 
 RESERVED = frozenset(
     "job-name nodes ntasks ntasks-per-node cpus-per-task mincpus gpus gpus-per-node mem partition account qos time requeue no-requeue open-mode output error signal chdir "
-    "export exclude dependency array wrap parsable wait test-only".split()
+    "export exclude dependency array wrap parsable wait test-only mail-user mail-type".split()
 )
 """Flags of sbatch that dqtrain sets from typed values, or that a supervised job cannot have."""
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)")
 Word = Annotated[str, StringConstraints(pattern=r"^\S+$")]
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Mount = Annotated[str, StringConstraints(pattern=r"^/[^\s,:]*(:/[^\s,:]*(:ro|:rw)?)?$")]
+
+_DOCKER = "docker://"
+
+
+class Container(Block):
+    """What ranks and the health check run in. The batch script and the supervisor run outside, where Slurm's programs are."""
+
+    kind: Literal["pyxis", "apptainer"]
+    """pyxis: flags of srun, where the cluster has that plugin; apptainer: `apptainer exec`, which is on the nodes' PATH."""
+    image: Word
+    """A file or folder on a disk that all nodes share; for pyxis also docker://[REGISTRY#]NAME[:TAG]."""
+    mounts: tuple[Mount, ...] = ()
+    """Places of the node that are seen inside, each SOURCE or SOURCE:PLACE[:ro]; the run, its working directory and scratch are there anyway."""
+    python: Word = "python3"
+    """The interpreter inside, which finds torch, deepspeed and what else dqtrain needs; dqtrain itself is the run's copy of the code."""
+
+    @property
+    def file(self) -> Path | None:
+        """The image, where it is a file or folder."""
+        return None if self.image.startswith(_DOCKER) else Path(self.image)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Container":
+        if self.file is None and self.kind == "apptainer":
+            raise ValueError(
+                f"image is {self.image}, which each rank would convert anew; make a file of it, `apptainer pull IMAGE.sif {self.image}`, and name that"
+            )
+        if self.file is not None and not self.file.is_absolute():
+            raise ValueError(f"image is {self.image}, but must be an absolute path{f', or {_DOCKER}...' if self.kind == 'pyxis' else ''}")
+        return self
+
+    def words(self, folder: Path, places: Sequence[Path], variables: Mapping[str, str], has_gpus: bool) -> list[str]:
+        """What stands between srun's flags and Python's own arguments, to run in `folder` with `places` mounted; an image's variables do not win over these."""
+        whole = [f"{place}:{place}" for place in (folder, *places)] + [mount if ":" in mount else f"{mount}:{mount}" for mount in self.mounts]
+        mounts = ",".join(dict.fromkeys(whole))
+        inside = ["env", *(f"{name}={value}" for name, value in variables.items()), self.python]
+        if self.kind == "pyxis":
+            return [f"--container-image={self.image}", f"--container-mounts={mounts}", f"--container-workdir={folder}", *inside]
+        return ["apptainer", "exec", *(["--nv"] if has_gpus else []), f"--bind={mounts}", self.image, *inside]
+
+
+class Mail(Block):
+    """What Slurm writes to somebody."""
+
+    address: Word
+    """To whom."""
+    events: Annotated[tuple[Literal["BEGIN", "END", "FAIL", "REQUEUE", "TIME_LIMIT", "ALL"], ...], Field(min_length=1)] = ("END", "FAIL")
+    """On what, in sbatch's words; a run that goes on after its time limit is a REQUEUE."""
 
 
 class Site(Block):
@@ -53,6 +103,8 @@ class Site(Block):
     """Network interface that gloo and NCCL open their sockets on; null: they choose."""
     scratch: Path | None = None
     """A directory of each node whose free space is looked at before training; null: none."""
+    least_link_gb_s: float | None = Field(None, ge=0)
+    """GB/s that a node must reach with one of three others before training; 0: noted, not judged; null: not measured, which saves a start of torch."""
     environment: dict[Variable, str] = {}
     """Variables of all ranks."""
     keep_environment: tuple[Variable, ...] = ()
@@ -63,6 +115,10 @@ class Site(Block):
     """How often in a row a run that breaks is started again without a newer checkpoint."""
     exclude_hours: float = Field(24.0, gt=0)
     """Hours for which the run avoids a node that failed it."""
+    container: Container | None = None
+    """What ranks run in; null: nothing."""
+    mail: Mail | None = None
+    """What Slurm writes to somebody; null: what the cluster does by default."""
     flags: tuple[str, ...] = ()
     """Further flags of sbatch, such as --constraint=a100, each --NAME or --NAME=VALUE."""
 

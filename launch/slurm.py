@@ -6,6 +6,7 @@ whoever can wait says for how long (`patience_s`).
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -78,18 +79,37 @@ def sbatch(arguments: Sequence[str], patience_s: float = 0.0) -> str:
     """Submit a job; its id. Raises SlurmError with what sbatch said, ConfigError where there is no sbatch.
 
     It is tried again for `patience_s` seconds only where the request cannot have arrived, for a second copy of a job is worse than none.
-    The job gets the variables that `--export=NAME,...` names, and no others. They are picked out here: asked to do so,
-    sbatch makes the node start a login shell besides, and while that takes its time, slurmctld may take the job for lost.
+    The job gets the variables that `--export=NAME,...` names, and no others (`handed_on`).
     """
-    prefix = "--export="
-    kept = {name for argument in arguments if argument.startswith(prefix) for name in argument.removeprefix(prefix).split(",")}
-    arguments = [f"{prefix}ALL" if argument.startswith(prefix) else argument for argument in arguments]
-    environment = {name: value for name, value in os.environ.items() if name in kept or name in _OWN_SETTINGS or name.startswith("SBATCH_")}
-    said = _call(["sbatch", "--parsable", *arguments], patience_s, _UNREACHED, environment)
+    command, environment = _sbatch(arguments)
+    said = _call(command, patience_s, _UNREACHED, environment)
     ids = [line.split(";")[0] for line in said.splitlines() if re.fullmatch(r"\d+(;.*)?", line.strip())]  # some sites print more
     if not ids:
         raise SlurmError(f"sbatch gave no job id, but said: {said.strip() or 'nothing'}. See `squeue --me` for whether the job is there.")
     return ids[-1]
+
+
+def sbatch_line(arguments: Sequence[str]) -> str:
+    """What `sbatch` runs, as a line for this shell: values that it knows already stay names, for there may be secrets among them."""
+    command, environment = _sbatch(arguments)
+    return " ".join(["env", "-i", *(f'{name}="${name}"' for name in sorted(environment)), shlex.join(command)])
+
+
+def _sbatch(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command and its environment."""
+    (export,) = (argument for argument in arguments if argument.startswith("--export="))
+    others = ("--export=ALL" if argument == export else argument for argument in arguments)
+    return ["sbatch", "--parsable", *others], handed_on(export.removeprefix("--export="))
+
+
+def handed_on(export: str) -> dict[str, str]:
+    """Of this process's variables those that a job gets, by their names NAME,NAME,..., and sbatch's own settings: the environment for an sbatch --export=ALL.
+
+    They are picked out here: asked to do so, sbatch makes the node start a login shell besides, and while that takes its time, slurmctld may take
+    the job for lost.
+    """
+    names = export.split(",")
+    return {name: value for name, value in os.environ.items() if name in names or name in _OWN_SETTINGS or name.startswith("SBATCH_")}
 
 
 def requeue(job: str, patience_s: float = 0.0) -> None:

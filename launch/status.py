@@ -3,10 +3,9 @@
 Accounting is not needed. Where Slurm does not answer, what the files say is shown all the same.
 """
 
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,11 +13,9 @@ from typing import Any, Literal
 
 from dqtrain.errors import ConfigError, UserError
 from dqtrain.rundir import RunDir, json_lines
+from dqtrain.signals import withdraw
 from launch import slurm
 from launch.submit import Launch, living_owner, load_launch, newest_job, read_excluded
-
-TAIL_BYTES = 1 << 16
-"""What is read of the end of a log."""
 
 FOLLOWED_BYTES = 1 << 12
 """What `logs -f` shows of what was there before."""
@@ -40,6 +37,8 @@ class TimeSpent:
     """No job ran: from submission, or from the end of a start, to the next start."""
     start: float = 0.0
     """From the start of a job to its first step: health checks, loading, preparing."""
+    data: float = 0.0
+    """Steps waited for their batch, as the log tells; in those that are made again it is rework."""
     save: float = 0.0
     """Training stood still for a checkpoint."""
     rework: float = 0.0
@@ -50,7 +49,7 @@ class TimeSpent:
     @property
     def wall(self) -> float:
         """All of them."""
-        return self.queue + self.start + self.save + self.rework + self.steps
+        return self.queue + self.start + self.data + self.save + self.rework + self.steps
 
     @property
     def goodput(self) -> float:
@@ -120,6 +119,30 @@ def time_spent(events: Sequence[dict[str, Any]], now: datetime, what: Now) -> Ti
     return spent
 
 
+def data_waited(log: Iterable[dict[str, Any]], resumed: Collection[int]) -> float:
+    """Seconds that steps waited for data: the sum over log lines of `data_wait`, a share of the time since the line before, or since the start, which `resumed` at a step."""
+    seconds, last = 0.0, 0
+    for line in log:
+        if "tokens_per_s" in line:
+            steps = line["step"] - max(last, max((step for step in resumed if step < line["step"]), default=0))
+            # tokens_per_s is steps per second, times the tokens of a step.
+            seconds += line.get("data_wait", 0.0) * steps * line["tokens"] / line["step"] / line["tokens_per_s"]
+            last = line["step"]
+    return seconds
+
+
+def steps_repeated(events: Iterable[dict[str, Any]]) -> int:
+    """Steps that were made again: from where each start went on to where the one before had come, as far as it told, or had logged."""
+    again = reached = 0
+    for event in events:
+        if event["event"] in ("start", "resume"):
+            again += max(0, reached - event["step"])
+            reached = event["step"]
+        else:
+            reached = max(reached, event.get("logged", 0), (event.get("step") or 0) if event["event"] in ("checkpoint", "stopped", "srun_end") else 0)
+    return again
+
+
 def _last_sign(following: Sequence[dict[str, Any]], last: datetime) -> datetime:
     """When the start before these events, whose last event was at `last`, still lived: the owner that follows has found out."""
     first, *rest = following
@@ -140,7 +163,7 @@ def status(path: Path) -> str:
     job, problem = _job(launch)
     what, headline = _now(run, launch, job, problem)
     lines = [("", f"{run.path}: {headline}")]
-    logged = _tail(run.log)
+    logged = run.log_end()
     trained = next((line for line in reversed(logged) if "tokens_per_s" in line), None)
     if trained is not None:
         scores: dict[str, Any] = next((line for line in reversed(logged) if "validation_loss" in line), {})
@@ -159,13 +182,21 @@ def status(path: Path) -> str:
         lines.append(("restarts", f"{len(restarts)}: {'...; ' * (len(restarts) > 3)}{'; '.join(restarts[-3:])}"))
     if events:
         spent = time_spent(events, now, what)
-        parts = {name: getattr(spent, name) for name in ("queue", "start", "save", "rework")}
+        knows_data = "data_wait" in (trained or {})
+        if knows_data:
+            with run.log.open(errors="replace") as file:
+                resumed = {event["step"] for event in events if event["event"] == "resume"}
+                spent.data = min(spent.steps, data_waited((line for text in file for line in json_lines(text)), resumed))
+            spent.steps -= spent.data
+        parts = {name: getattr(spent, name) for name in ("queue", "start", "data", "save", "rework") if name != "data" or knows_data}
         if spent.wall:
             shares = ", ".join(f"{name} {clock(value)} ({value / spent.wall:.0%})" for name, value in parts.items())
+            again = steps_repeated(events)
+            shares += f", {again} step{'' if again == 1 else 's'} made again" if again else ""
             lines.append(("time", f"{clock(spent.wall)}, of which {spent.goodput:.0%} goodput, {shares}"))
     if run.result.exists():
         return _text(lines)
-    lines += [("avoids", f"{node} until {entry['until']}: {entry['why']}") for node, entry in read_excluded(run).items()]
+    lines += [("avoids", f"{node} {entry}") for node, entry in read_excluded(run).items()]
     if what != "runs":
         ends = [event for event in events if event["event"] in ("job_end", "stopped", "srun_end") and (event.get("why") or event.get("message"))]
         lines += [("last end", ends[-1].get("why") or ends[-1]["message"])] if ends else []
@@ -223,7 +254,7 @@ def _now(run: RunDir, launch: Launch | None, job: slurm.Job | None, problem: str
         return "waits", f"job {launch.job} is queued{reason}{expected}; {launch.shape}"
     where = ",".join(job.nodes[:8]) + (",..." if len(job.nodes) > 8 else "")
     left = f", {clock(job.time_left_s)} left of this start" if job.time_left_s is not None else ""
-    given = f"{len(job.nodes)} of " if launch.fewest_nodes < launch.nodes else ""
+    given = f"{len(job.nodes)} of " if launch.min_nodes < launch.nodes else ""
     return "runs", f"job {launch.job} is {job.state.lower()} on {where}; {given}{launch.shape}{left}"
 
 
@@ -240,17 +271,6 @@ def _restarts(events: Sequence[dict[str, Any]]) -> list[str]:
             found.append(f"{event['time'][:16].replace('T', ' ')} {why or 'requeued by Slurm, which had lost a node or needed it'}")
             why = None
     return found[1:]
-
-
-def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last whole lines of a JSON-lines file."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return []
-    return list(json_lines(text))
 
 
 def _age(event: dict[str, Any], now: datetime) -> float:
@@ -278,7 +298,7 @@ def stop(path: Path) -> str:
     if what == "waits" and job is not None:
         assert launch is not None and launch.job is not None
         slurm.cancel(launch.job)  # not job.id, which of an array that waits is the whole of it
-        run.stop.unlink(missing_ok=True)
+        withdraw(run.stop)
         return f"job {launch.job} has left the queue. `dqtrain resume {run.path}` goes on."
     return f"asked {run.path} to save and end at its next step; `dqtrain status {run.path}` shows when it has. {f'({problem})' if problem else ''}".rstrip()
 

@@ -12,20 +12,21 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import AwareDatetime, Field, TypeAdapter, ValidationError
 
 from dqtrain.config import Block, RunConfig, check_ranks
 from dqtrain.errors import ConfigError
 from dqtrain.files import temporary_beside, write_text
 from dqtrain.plan import cheapest, plan
 from dqtrain.rundir import RunDir
+from dqtrain.signals import withdraw
 from launch import slurm
-from launch.site import Site
+from launch.site import Container, Site
 
 ROOT = Path(__file__).resolve().parent.parent
 """Where this code is: the packages, and slurm/ beside them."""
@@ -44,8 +45,8 @@ class Launch(Block):
     """The site file, as it was at submission."""
     nodes: int = Field(ge=1)
     """Nodes of a job; the most, where it makes do with fewer."""
-    min_nodes: int | None = Field(None, ge=1)
-    """The fewest nodes that a start makes do with; null: all of them."""
+    min_nodes: int = Field(ge=1)
+    """The fewest nodes that a start makes do with."""
     time: str
     """Time limit of each start, [DAYS-]HOURS:MINUTES:SECONDS."""
     python: Path
@@ -63,19 +64,22 @@ class Launch(Block):
         return self.nodes * self.site.ranks
 
     @property
-    def fewest_nodes(self) -> int:
-        """Nodes of the smallest start."""
-        return self.min_nodes or self.nodes
-
-    @property
     def asked_nodes(self) -> str:
         """`4`, or `2-4`, as sbatch takes it."""
-        return str(self.nodes) if self.fewest_nodes == self.nodes else f"{self.fewest_nodes}-{self.nodes}"
+        return str(self.nodes) if self.min_nodes == self.nodes else f"{self.min_nodes}-{self.nodes}"
 
     @property
     def shape(self) -> str:
         """`2-4 nodes x 8 ranks`."""
         return f"{self.asked_nodes} node{'s' if self.nodes > 1 else ''} x {self.site.ranks} rank{'s' if self.site.ranks > 1 else ''}"
+
+    def python_on_nodes(self, run: RunDir) -> list[str]:
+        """What stands between srun's flags and Python's arguments: the interpreter, or what starts that of the site's container."""
+        site = self.site
+        if site.container is None:
+            return [str(self.python)]
+        variables = {"PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1", **site.variables}
+        return site.container.words(self.folder, [run.path, *([site.scratch] if site.scratch else [])], variables, site.gpus_per_node > 0)
 
     def followed_by(self, job: str) -> "Launch":
         """The same with a newer job."""
@@ -93,17 +97,17 @@ def new_launch(site: Site, nodes: tuple[int, int], time: str | None) -> Launch:
         raise ConfigError(f"--time: {error}.") from None
     # Not resolved: the interpreter of a virtual environment is a link, and known by its name.
     fewest, most = nodes
-    return Launch(site=site, nodes=most, min_nodes=fewest if fewest < most else None, time=limit, python=Path(sys.executable), folder=Path.cwd())
+    return Launch(site=site, nodes=most, min_nodes=fewest, time=limit, python=Path(sys.executable), folder=Path.cwd())
 
 
 def load_launch(run: RunDir) -> Launch | None:
     """How the run was submitted; None for one that was not. Raises ConfigError when the file is damaged."""
     try:
-        return Launch.model_validate_json(run.launch.read_text())
+        return Launch.model_validate_json(run.launch.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{run.launch}: is no launch of this version of dqtrain ({error}). Remove the file and submit the run again.") from None
+    except (ValidationError, IsADirectoryError) as error:
+        raise ConfigError(f"{run.launch}: is no launch of this version of dqtrain ({_first(error)}). Remove it and submit the run again.") from None
 
 
 def save_launch(launch: Launch, run: RunDir) -> None:
@@ -111,18 +115,49 @@ def save_launch(launch: Launch, run: RunDir) -> None:
     write_text(run.launch, launch.model_dump_json(indent=1) + "\n")
 
 
-def read_excluded(run: RunDir) -> dict[str, dict[str, str]]:
-    """Nodes that the run avoids now: node -> {"until": when it no longer does, ISO 8601 in UTC, "why": text}."""
-    if not run.excluded.is_file():
+class Excluded(Block):
+    """Why a run avoids a node."""
+
+    until: AwareDatetime
+    """When it no longer does."""
+    why: str
+    """What the node did."""
+
+    def __str__(self) -> str:
+        return f"until {self.until.isoformat(timespec='seconds')}: {self.why}"
+
+
+_EXCLUDED = TypeAdapter(dict[str, Excluded])
+
+
+def read_excluded(run: RunDir) -> dict[str, Excluded]:
+    """The nodes that the run avoids now. Raises ConfigError when the file is damaged."""
+    try:
+        entries = _EXCLUDED.validate_json(run.excluded.read_bytes())
+    except FileNotFoundError:
         return {}
-    now = datetime.now(UTC)
-    return {node: entry for node, entry in json.loads(run.excluded.read_text()).items() if datetime.fromisoformat(entry["until"]) > now}
+    except (ValidationError, IsADirectoryError) as error:
+        raise ConfigError(f"{run.excluded}: is no list of nodes to avoid ({_first(error)}). Remove it: then the run avoids none.") from None
+    return {node: entry for node, entry in entries.items() if entry.until > datetime.now(UTC)}
+
+
+def save_excluded(entries: dict[str, Excluded], run: RunDir) -> None:
+    """Write excluded.json. Raises OSError."""
+    write_text(run.excluded, _EXCLUDED.dump_json(entries, indent=1).decode() + "\n")
+
+
+def _first(error: ValidationError | OSError) -> str:
+    """What is wrong with a file, in a few words."""
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    first = error.errors()[0]
+    return ": ".join(text for text in (".".join(map(str, first["loc"])), first["msg"]) if text)
 
 
 def batch_flags(launch: Launch, name: str, exclude: Collection[str] = ()) -> dict[str, str | None]:
     """sbatch's flags for a job of that name, all but where its output goes: flag -> value, None for a flag without one."""
     site = launch.site
-    if launch.fewest_nodes == launch.nodes:
+    if launch.min_nodes == launch.nodes:
         tasks: dict[str, object | None] = {"ntasks-per-node": site.ranks, "cpus-per-task": site.cpus_per_rank}
     else:
         tasks = {"mincpus": site.ranks * site.cpus_per_rank}  # given tasks per node, Slurm counts those of the fewest nodes, and never takes more nodes
@@ -140,6 +175,8 @@ def batch_flags(launch: Launch, name: str, exclude: Collection[str] = ()) -> dic
         "signal": f"B:USR1@{site.signal_s}",
         "export": ",".join((*KEPT_VARIABLES, *site.keep_environment)),
         "exclude": ",".join(sorted(exclude)) or None,
+        "mail-user": site.mail and site.mail.address,
+        "mail-type": site.mail and ",".join(site.mail.events),
     }
     further = (flag.removeprefix("--").partition("=") for flag in site.flags)
     typed = {flag: str(value) for flag, value in flags.items() if value is not None}
@@ -165,13 +202,14 @@ def submit(config: RunConfig, launch: Launch, run: RunDir, dry_run: bool = False
     exclude = read_excluded(run)
     if dry_run:
         run.refuse_if_owned()
-        return f"{shlex.join(['sbatch', *batch_arguments(launch, run, exclude)])}\n\n{(ROOT / SCRIPT).read_text()}"
+        inside = shlex.join([*launch.python_on_nodes(run), "-m", "launch.task", str(run.path)])
+        return f"{slurm.sbatch_line(batch_arguments(launch, run, exclude))}\n\n{(ROOT / SCRIPT).read_text()}\n# Each rank: srun ... {inside}"
     refuse_live(run)
     slurm.require("sbatch")
     notes = provide(config, launch, run, new_code)
     job = slurm.sbatch(batch_arguments(launch, run, exclude))
     record(job, run)
-    notes += [f"it avoids {node} until {entry['until']}: {entry['why']}" for node, entry in exclude.items()]
+    notes += [f"it avoids {node} {entry}" for node, entry in exclude.items()]
     return "\n".join(
         [
             f"submitted job {job}: {launch.shape}, at most {launch.time} each start",
@@ -187,9 +225,11 @@ _NEXT = {"status": "what it does", "logs -f": "what it prints", "stop": "save, t
 def check(config: RunConfig, launch: Launch, run: RunDir) -> RunConfig:
     """The config with the run's own path, if it can run so. Raises ConfigError; nothing is touched, and Slurm is not asked."""
     _check_name(run.path)
+    if launch.site.container is not None:
+        _check_container(launch.site.container, (run.path, launch.folder))
     check_ranks(config.train, launch.ranks)
     if launch.site.gpu is not None:
-        asked = plan(config, launch.fewest_nodes, launch.site.ranks, launch.site.gpu)
+        asked = plan(config, launch.min_nodes, launch.site.ranks, launch.site.gpu)
         if not asked.fits:
             raise ConfigError(asked.refusal(cheapest(asked)))
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run.path})})
@@ -199,12 +239,12 @@ def check(config: RunConfig, launch: Launch, run: RunDir) -> RunConfig:
 
 def provide(config: RunConfig, launch: Launch, run: RunDir, new_code: bool = False) -> list[str]:
     """Put all that a start needs into the run. Returns what is worth saying. Raises ConfigError, OSError."""
+    withdraw(run.stop)  # it asked an earlier start
     run.claim(config)
     notes = _copy_code(run, new_code)
     write_text(run.environment, json.dumps(_environment(launch), indent=1) + "\n")
     earlier = load_launch(run)
     save_launch(launch.model_copy(update={"job": earlier.job, "history": earlier.history}) if earlier is not None else launch, run)
-    run.stop.unlink(missing_ok=True)
     return notes
 
 
@@ -253,6 +293,17 @@ def _check_name(path: Path) -> None:
     strange = sorted(set("%\\:\n") & set(str(path)))
     if strange:
         raise ConfigError(f"run.dir: {path} holds {' and '.join(map(repr, strange))}, which Slurm or Python reads as something else. Use another run.dir.")
+
+
+def _check_container(container: Container, places: Sequence[Path]) -> None:
+    """The image must be there, and the places must be ones that can be mounted."""
+    if container.file is not None and not container.file.exists():
+        raise ConfigError(f"container.image: {container.file} is not there. Give an image on a disk that this machine and all nodes share.")
+    for place in places:
+        if set(",:") & set(str(place)):
+            raise ConfigError(
+                f"{place} cannot be mounted in a container, for its name holds a comma or a colon. Use another run.dir, or submit from another folder."
+            )
 
 
 def _copy_code(run: RunDir, new_code: bool) -> list[str]:

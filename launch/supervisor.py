@@ -23,10 +23,10 @@ from types import FrameType
 from typing import Any, Literal
 
 from dqtrain.errors import FINAL_CODES, ConfigError, Stopped, UserError
-from dqtrain.files import write_text
 from dqtrain.rundir import ENDED_JOB, RunDir
+from dqtrain.signals import withdraw
 from launch import slurm
-from launch.submit import Launch, batch_arguments, load_launch, read_excluded, save_launch
+from launch.submit import Excluded, Launch, batch_arguments, load_launch, read_excluded, save_excluded, save_launch
 
 HEALTH_S = 180.0
 """Seconds that a node has to answer the health check."""
@@ -88,6 +88,7 @@ class Supervisor:
         self.job, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.nodes = slurm.expand(os.environ["SLURM_JOB_NODELIST"])
         self.ranks = len(self.nodes) * launch.site.ranks
+        self.python = launch.python_on_nodes(run)
         self._ended_job: str | None = None
         self._first_step = 0  # of the newest checkpoint when this start began
 
@@ -108,10 +109,10 @@ class Supervisor:
             return error.exit_code
         lost = self.nodes_lost_before()
         self._first_step = self.run.newest_step()
-        self.run.event("job_start", job=self.job, restart=self.restart, nodes=self.nodes, ranks=self.ranks, step=self._first_step)
+        where = {"step": self._first_step, "logged": self.run.logged_step()}
+        self.run.event("job_start", job=self.job, restart=self.restart, nodes=self.nodes, ranks=self.ranks, **where)
         self.exclude(lost)
         bad = self.check_nodes()
-        self.run.event("node_check", bad=bad)
         if bad:
             outcome = self.judge_nodes(bad)
         elif self._signal is not None:
@@ -157,11 +158,32 @@ class Supervisor:
         return {node: f"Slurm says {state}" for node, state in states.items() if state.endswith("*") or state.startswith(("down", "fail", "drain", "error"))}
 
     def check_nodes(self) -> dict[str, str]:
-        """Node that cannot train -> why, by launch/health.py on each."""
+        """Node that cannot train -> why: by launch/health.py on each, and where all is well and the site asks for it, by how fast they reach each other."""
+        begin = time.time()
+        answers = self.ask_nodes("launch.health", str(self.run.path))
+        end = time.time()
+        bad = {}
+        for node in self.nodes:
+            found = list(answers[node]["problems"]) if node in answers else [f"{_SILENT} within {end - begin:.0f} s"]
+            if node in answers and not begin - CLOCK_S <= answers[node]["time"] <= end + CLOCK_S:
+                found.append(f"its clock is off by {answers[node]['time'] - end:.0f} s")
+            if found:
+                bad[node] = "; ".join(found)
+        least, links = self.launch.site.least_link_gb_s, {}
+        if least is not None and len(self.nodes) > 1 and not bad:
+            links = {node: answer["gb_s"] for node, answer in self.ask_nodes("dqtrain.bench.links").items()}
+            slow = {node: f"reaches other nodes with at most {links[node]} GB/s (least_link_gb_s {least})" for node in links if links[node] < least}
+            bad = slow | {node: f"{_SILENT} when links were measured" for node in self.nodes if node not in links}
+        self.run.event("node_check", bad=bad, seconds=round(time.time() - begin, 1), **({"links": links} if links else {}))
+        return bad
+
+    def ask_nodes(self, *module: str) -> dict[str, dict[str, Any]]:
+        """Node -> the JSON line that a module prints there, in one process for each node; of one that does not do so within HEALTH_S, nothing."""
         count = f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}", "--ntasks-per-node=1", "--cpus-per-task=1"
-        environment = {name: value for name, value in os.environ.items() if name != "SLURM_CPUS_PER_TASK"}  # srun refuses two that differ
-        before = time.time()
-        process = slurm.srun([*count, *_STEP, "--overlap", sys.executable, "-m", "launch.health", str(self.run.path)], environment, subprocess.PIPE)
+        environment = self._variables()
+        for name in ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"):  # srun refuses two that differ
+            environment.pop(name, None)
+        process = slurm.srun([*count, *_STEP, "--overlap", *self.python, "-m", *module], environment, subprocess.PIPE)
         try:
             output, said = process.communicate(timeout=HEALTH_S)
         except subprocess.TimeoutExpired:
@@ -171,18 +193,9 @@ class Supervisor:
             except subprocess.TimeoutExpired:  # a task that no signal reaches: srun waits for it
                 process.kill()
                 output, said = process.communicate()
-        after = time.time()
-        answers = {line["node"]: line for line in map(json.loads, re.findall(rb"^{.*}$", output, re.MULTILINE))}
         sys.stderr.buffer.write(said)
         sys.stderr.flush()
-        bad = {}
-        for node in self.nodes:
-            found = list(answers[node]["problems"]) if node in answers else [f"{_SILENT} within {after - before:.0f} s"]
-            if node in answers and not before - CLOCK_S <= answers[node]["time"] <= after + CLOCK_S:
-                found.append(f"its clock is off by {answers[node]['time'] - after:.0f} s")
-            if found:
-                bad[node] = "; ".join(found)
-        return bad
+        return {line["node"]: line for line in map(json.loads, re.findall(rb"^{.*}$", output, re.MULTILINE))}
 
     def judge_nodes(self, bad: Mapping[str, str]) -> Outcome:
         """What follows from a failed health check."""
@@ -199,7 +212,7 @@ class Supervisor:
         before = self._stacks()
         since_ns = time.time_ns()
         shape = f"--nodes={len(self.nodes)}", f"--ntasks={self.ranks}", f"--ntasks-per-node={self.launch.site.ranks}", "--distribution=block"
-        process = slurm.srun([*shape, *_STEP, "--kill-on-bad-exit=1", sys.executable, "-m", "launch.task", str(self.run.path)], self._variables())
+        process = slurm.srun([*shape, *_STEP, "--kill-on-bad-exit=1", *self.python, "-m", "launch.task", str(self.run.path)], self._variables())
         said: list[str] = []
         reader = threading.Thread(target=_pass_on, args=(process, said), daemon=True)
         reader.start()
@@ -313,7 +326,7 @@ class Supervisor:
 
     def submit_successor(self, outcome: Outcome, announced: bool) -> bool:
         """Queue a job that takes over when this one has ended; whether Slurm took it. A running job's own list of nodes to avoid cannot be changed."""
-        exclude = sorted(read_excluded(self.run))
+        exclude = sorted({*self.excluded(), *outcome.bad})
         try:
             job = slurm.sbatch(batch_arguments(self.launch, self.run, exclude, after=slurm.this_job()), PATIENCE_S)
         except UserError as error:
@@ -344,7 +357,7 @@ class Supervisor:
 
     def stopped(self) -> int:
         """End as asked."""
-        self.run.stop.unlink(missing_ok=True)
+        withdraw(self.run.stop)
         self.end(Stopped.exit_code, f"stopped as asked; `dqtrain resume {self.run.path}` goes on")
         return 0
 
@@ -358,11 +371,21 @@ class Supervisor:
         """Have later jobs of the run avoid nodes for the site's `exclude_hours`."""
         if not bad:
             return
-        until = (datetime.now(UTC) + timedelta(hours=self.launch.site.exclude_hours)).isoformat(timespec="seconds")
-        entries = read_excluded(self.run) | {node: {"until": until, "why": why} for node, why in bad.items()}
-        write_text(self.run.excluded, json.dumps(entries, indent=1) + "\n")
-        for node, why in bad.items():
-            self.run.event("exclude", node=node, why=why, until=until)
+        until = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=self.launch.site.exclude_hours)
+        try:
+            save_excluded(self.excluded() | {node: Excluded(until=until, why=why) for node, why in bad.items()}, self.run)
+            for node, why in bad.items():
+                self.run.event("exclude", node=node, why=why, until=until.isoformat())
+        except OSError as error:  # the run goes on, and may meet the node again
+            print(f"dqtrain: {self.run.excluded} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+    def excluded(self) -> dict[str, Excluded]:
+        """The nodes that the run avoids; none, and a word on it, where the list is damaged: that is no reason to end."""
+        try:
+            return read_excluded(self.run)
+        except ConfigError as error:
+            print(f"dqtrain: {error}", file=sys.stderr, flush=True)
+            return {}
 
 
 _STEP = ("--export=ALL", "--mpi=none", "--input=none")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import DEVCLUSTER, NODES, Cluster, is_gone, namespaces_of, start_cluster, until
+from cluster import DEVCLUSTER, NODES, Cluster, is_gone, namespaces_of, running, start_cluster, until
 
 COUNT_FOREVER = "i=0; while :; do echo $((++i)) >count.new; mv count.new count; sleep 0.05; done"
 
@@ -36,9 +36,7 @@ else:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = start_cluster(tmp_path_factory.mktemp("devcluster") / "state", "--slurmd-timeout", 10)
-    yield cluster
-    cluster.do("stop")
+    yield from running(tmp_path_factory.mktemp("devcluster") / "state", "--slurmd-timeout", 10)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def _nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
 
 def test_a_sound_node_says_so_and_leaves_nothing_behind(run: RunDir, tmp_path: Path) -> None:
     site = Site(gpus_per_node=0, scratch=tmp_path)
-    save_launch(Launch(site=site, nodes=1, time="1:00:00", python=Path(sys.executable), folder=tmp_path), run)
+    save_launch(Launch(site=site, nodes=1, min_nodes=1, time="1:00:00", python=Path(sys.executable), folder=tmp_path), run)
     before = time.time()
     command = [sys.executable, "-m", "launch.health", str(run.path)]
     said = subprocess.run(command, env={**os.environ, "SLURMD_NODENAME": "node7"}, capture_output=True, text=True, check=True).stdout

@@ -11,123 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cluster import Cluster, start_cluster, until
+from cluster import SLOW_S, Cluster, Job, running, until
 from conftest import Run, config_text
 
 SITE = {"gpus_per_node": 0, "time": "0:30:00", "interface": "eth0", "grace_s": 60, "exclude_hours": 1, "max_restarts": 2}
 LONG = "{steps: 30, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.01}"
 CHECKPOINT_STEPS = 5
 CHANGES = {"train": LONG, "eval": "{every_steps: 15}", "checkpoint": f"{{every_steps: {CHECKPOINT_STEPS}}}", "log": "{every_steps: 1}"}
-SLOW_S = 240
-"""More than anything here takes on a machine that others use too."""
-
-
-class Job(Run):
-    """A run as a Slurm job."""
-
-    def __init__(self, path: Path, config: Path, cluster: Cluster, site: Path) -> None:
-        super().__init__(path, config)
-        self.cluster, self.site = cluster, site
-
-    def login(self, *arguments: object) -> tuple[int, str]:
-        """`dqtrain` on the login node: exit code and output."""
-        done = subprocess.run(
-            self.cluster.command("run", sys.executable, "-m", "dqtrain", *arguments),
-            cwd=self.path.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-        )
-        return done.returncode, done.stdout
-
-    def submit(self, *overrides: str, nodes: int = 2) -> str:
-        """The job's id."""
-        code, output = self.login("submit", self.config, "--site", self.site, "--nodes", nodes, *overrides)
-        assert code == 0, output
-        return self.job
-
-    @property
-    def job(self) -> str:
-        """Id of the newest job."""
-        return json.loads((self.path / "launch.json").read_text())["job"]
-
-    def events(self, *kinds: str) -> list[dict[str, Any]]:
-        """Those of some kinds, oldest first."""
-        file = self.path / "events.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-        return [event for event in lines if event["event"] in kinds]
-
-    def until(self, condition: Callable[[], object]) -> None:
-        until(condition, SLOW_S)
-
-    def story(self) -> str:
-        """Everything that it wrote."""
-        files = [*self.path.glob("events.jsonl"), *self.path.glob("slurm-*.out"), *self.path.glob("rank-*.log")]
-        return "\n".join(f"--- {file.name}\n{file.read_text()[-4000:]}" for file in files)
-
-    def until_step(self, step: int) -> None:
-        self.until(lambda: self.last_step() >= step)
-
-    def last_step(self) -> int:
-        log = self.path / "log.jsonl"
-        return max((json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}")), default=0) if log.exists() else 0
-
-    def until_ended(self) -> dict[str, Any]:
-        """The job_end event, when the job has left the cluster."""
-        self.until(lambda: self.events("job_end"))
-        self.until(lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING"))
-        return self.events("job_end")[-1]
-
-    def state(self, job: str | None = None) -> str:
-        return self.cluster.job(job or self.job, "%T")
-
-    def nodes(self) -> list[str]:
-        """Of the newest start."""
-        return self.events("job_start")[-1]["nodes"]
-
-    def processes(self, module: str) -> list[int]:
-        """pids of the live ones that run it for this run."""
-        found = []
-        for file in Path("/proc").glob("[0-9]*/cmdline"):
-            with suppress(OSError):
-                if f"-m\0{module}\0{self.path}\0" in file.read_text():
-                    found.append(int(file.parent.name))
-        return found
-
-    def pids(self) -> dict[int, int]:
-        """rank -> pid of the live ranks."""
-        environments = {pid: Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in self.processes("launch.task")}
-        return {int(dict(item.split("=", 1) for item in items if item)["SLURM_PROCID"]): pid for pid, items in environments.items()}
-
-    def signal(self, signum: int, *ranks: int) -> None:
-        pids = self.pids()
-        for rank in ranks or pids:
-            os.kill(pids[rank], signum)
-
-    def finish(self, whole: Run, announced: int = 0, broken: int = 0) -> None:
-        """Wait for the end, and compare with an uninterrupted run; the restarts so far were of these kinds."""
-        end = self.until_ended()
-        assert (end["code"], end["why"]) == (0, "finished")
-        assert self.log() == whole.log()
-        assert json.loads((self.path / "result.json").read_text())["test"] == json.loads((whole.path / "result.json").read_text())["test"]
-        begins = self.events("start", "resume")
-        assert len(begins) == 1 + announced + broken
-        assert not (self.path / "owner.json").exists()
-        assert not list((self.path / "checkpoints").glob(".*"))
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = start_cluster(tmp_path_factory.mktemp("slurm") / "state", "--slurmd-timeout", 10)
-    yield cluster
-    cluster.do("stop")
+    yield from running(tmp_path_factory.mktemp("slurm") / "state", "--slurmd-timeout", 10)
 
 
 @pytest.fixture
@@ -216,6 +114,25 @@ def test_a_mistake_that_only_rank_0_sees_is_never_requeued_and_a_sick_node_is_av
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
+def test_a_node_with_a_slow_link_is_avoided(make_job, cluster: Cluster) -> None:
+    on_node2 = ("srun", "--nodelist=node2", "tc", "qdisc")
+    cluster.run(*on_node2, "add", "dev", "eth0", "root", "tbf", "rate", "60mbit", "burst", "64kb", "latency", "400ms")
+    try:
+        run = make_job(site={"least_link_gb_s": 0.02})
+        first = run.submit(nodes=3)
+        run.until(lambda: len(run.events("node_check")) == 2)
+    finally:
+        cluster.run(*on_node2, "del", "dev", "eth0", "root")
+    one, two = run.events("node_check")
+    assert sorted(one["links"]) == ["node1", "node2", "node3"]
+    assert one["links"]["node2"] < 0.0075 * 1.2 and min(one["links"]["node1"], one["links"]["node3"]) > 0.02
+    assert one["bad"] == {"node2": f"reaches other nodes with at most {one['links']['node2']} GB/s (least_link_gb_s 0.02)"}
+    assert run.job != first and [event["node"] for event in run.events("exclude")] == ["node2"]
+    assert two["bad"] == {} and run.nodes() == ["node1", "node3", "node4"]
+    run.until(lambda: run.events("start"))
+
+
 # ---- what is announced: nothing is made twice
 
 
@@ -294,6 +211,38 @@ def test_preemption(make_job, whole: Run, cluster: Cluster, tmp_path: Path) -> N
     stopped, resumed = run.events("stopped")[0], run.events("resume")[0]
     assert stopped["step"] == resumed["step"] < 30
     assert [(event["job"], event["restart"]) for event in run.events("job_start")] == [(job, 0), (job, 1)]
+
+
+APPTAINER = """\
+#!/bin/bash
+# What `apptainer exec --bind=SOURCE:PLACE,... IMAGE COMMAND...` must be given, and no more: the command sees this machine.
+[[ $1 == exec && $2 == --bind=* && -f $3 ]] || exit 99
+IFS=, read -ra mounts <<<"${2#--bind=}"
+for mount in "${mounts[@]}"; do [[ -e ${mount%%:*} ]] || exit 98; done
+export APPTAINER_CONTAINER=$3 PYTHONPATH=/an/image/may/set/this
+shift 3
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_ranks_in_a_container(make_job, whole: Run, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/apptainer").write_text(APPTAINER)
+    (tmp_path / "bin/apptainer").chmod(0o755)
+    (tmp_path / "image.sif").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    run = make_job(site={"container": {"kind": "apptainer", "image": f"{tmp_path}/image.sif", "python": sys.executable}})
+    job = run.submit()
+    run.until_step(3)
+    entry = f"APPTAINER_CONTAINER={tmp_path}/image.sif"
+    inside = {pid: entry in Path(f"/proc/{pid}/environ").read_text() for pid in (*run.pids().values(), *run.processes("launch.supervisor"))}
+    assert list(inside.values()) == [True, True, False]
+    assert run.events("node_check")[0]["bad"] == {}
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    run.until(lambda: run.events("requeue"))
+    run.finish(whole, announced=1)
+    assert run.events("stopped")[0]["step"] == run.events("resume")[0]["step"]
 
 
 # ---- what comes without notice: at most one checkpoint interval is made twice

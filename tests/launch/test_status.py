@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dqtrain.cli import main
 from dqtrain.rundir import RunDir
-from launch.status import TimeSpent, clock, time_spent
+from launch.status import TimeSpent, clock, data_waited, steps_repeated, time_spent
 from launch.submit import ROOT, Launch, load_launch, save_launch
 
 BEGIN = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
@@ -109,6 +109,34 @@ def test_where_the_time_went(now: float, what: str, lines: list[tuple[Any, ...]]
     assert found.goodput == pytest.approx(expected.steps / expected.wall if expected.wall else 0)
 
 
+def test_seconds_that_steps_waited_for_data() -> None:
+    def line(step: int, steps_per_s: float, wait: float) -> dict[str, float]:
+        return {"step": step, "tokens": step * 100, "tokens_per_s": steps_per_s * 100, "data_wait": wait}
+
+    # 10 steps in 5 s, a tenth of it waiting; 10 in 20 s, half of it; a validation's line; the start resumed at 25, so that 5 steps took 1 s.
+    log = [line(10, 2.0, 0.1), line(20, 0.5, 0.5), {"step": 20, "validation_loss": 3.0}, line(30, 5.0, 0.2), {"step": 40, "tokens": 4000, "tokens_per_s": 1.0}]
+    assert data_waited(log, {25}) == pytest.approx(0.5 + 10 + 0.2)
+    assert data_waited(log[:1], {0, 10}) == pytest.approx(0.5) and data_waited([], {5}) == 0
+
+
+@pytest.mark.parametrize(
+    "lines, again",
+    [
+        ([TRAINS, (60, "checkpoint", save(5)), (70, "stopped", {"step": 5})], 0),
+        # Stopped by a power cut at step 8 or 9: the log had 8. The second time the rank said that it had finished 12.
+        ([TRAINS, (60, "checkpoint", save(5)), (90, "job_start", {"logged": 8}), (99, "resume", {"step": 5})], 3),
+        (
+            [TRAINS, (60, "checkpoint", save(5)), (90, "job_start", {"logged": 8}), (99, "resume", {"step": 5}), (120, "srun_end", {"step": 12}),
+             (121, "job_start", {"logged": 11}), (130, "resume", {"step": 10}), (140, "srun_end", {"step": None}), (150, "job_start", {"logged": 9}), (160, "resume", {"step": 10})],
+            3 + 2,
+        ),
+        ([TRAINS, (50, "srun_end", {"step": 4}), (60, "job_start", {}), (70, "start", {"step": 0})], 4),
+    ],
+)  # fmt: skip
+def test_steps_made_again(lines: list[tuple[Any, ...]], again: int) -> None:
+    assert steps_repeated(events(*lines)) == again
+
+
 KINDS = ["submit", "job_start", "launch", "start", "resume", "checkpoint", "stopped", "finished", "srun_end", "requeue", "successor", "job_end", "exclude"]
 
 
@@ -161,6 +189,27 @@ def test_a_run_that_rests(run: RunDir, capsys: pytest.CaptureFixture[str]) -> No
     assert end == "  last end   stopped after step 10 of 20; saved."
 
 
+def test_what_the_log_knows_of_data(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    # 5 steps of the 10 in 10 s, of which 0.5 waited; 60 s were spent on steps and saves.
+    lines = [
+        {"step": 5, "tokens": 500, "tokens_per_s": 50.0, "eta_s": 1, "loss": 5.0},
+        {"step": 10, "tokens": 1000, "tokens_per_s": 50.0, "eta_s": 1, "loss": 5.0, "data_wait": 0.7},
+    ]
+    run.log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with run.events.open("a") as file:
+        file.write(
+            "".join(
+                json.dumps(event) + "\n"
+                for event in events((80, "launch", {"logged": 13}), (80, "resume", {"step": 10}), (80, "stopped", {"step": 10, "message": ""}))
+            )
+        )
+    text = "\n".join(shown(capsys, run.path))
+    assert (
+        "  time       0:01:10, of which 70% goodput, queue 0:00:00 (0%), start 0:00:10 (14%), data 0:00:07 (10%), save 0:00:04 (5%), rework 0:00:00 (0%), 3 steps made again"
+        in text
+    )
+
+
 def test_a_torn_line_and_no_line_are_no_reason_to_fail(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with run.log.open("a") as log:
         log.write('{"step": 15, "lo')
@@ -196,7 +245,7 @@ def launched(run: RunDir, job: str, *history: str) -> None:
     from launch.site import Site
 
     site = Site.model_validate_json('{"gpus_per_node": 0, "grace_s": 2}')
-    save_launch(Launch(site=site, nodes=2, time="1:00:00", python=Path(sys.executable), folder=run.path, job=job, history=history), run)
+    save_launch(Launch(site=site, nodes=2, min_nodes=2, time="1:00:00", python=Path(sys.executable), folder=run.path, job=job, history=history), run)
 
 
 def test_restarts_nodes_and_a_slow_save(run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,34 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, start_cluster
-from conftest import write_corpus
+from cluster import Cluster, running, snapshot, write_files
 
 from dqtrain.cli import main
 from dqtrain.rundir import RunDir
-from launch.submit import ROOT, SCRIPT, Launch, load_launch
-
-CONFIG = """\
-run: {dir: %s/run, seed: 3}
-teacher: null
-student: {architecture: {model_type: gpt2, n_embd: 32, n_layer: 1, n_head: 2, n_positions: 16}}
-data: {train: %s/train.jsonl, tokens_per_sample: 16, train_tokenizer: {vocab_size: 300}}
-train: {steps: 4, global_batch: 8, micro_batch: 1, lr: 3e-5}
-quant: null
-distill: {task: 1.0}
-checkpoint: {every_steps: 2}
-"""
-
-KEPT = "HOME,LANG,LC_ALL,LOGNAME,PATH,SHELL,TZ,USER"
+from launch.site import Site, load_site
+from launch.submit import ROOT, SCRIPT, Launch, load_launch, read_excluded, save_launch
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """Folder with config.yaml, train.jsonl and site.yaml."""
-    write_corpus(tmp_path / "train.jsonl", 20, 0)
-    (tmp_path / "config.yaml").write_text(CONFIG % (tmp_path, tmp_path))
-    (tmp_path / "site.yaml").write_text("gpus_per_node: 0\ntime: 1:00:00\n")
-    return tmp_path
+    return write_files(tmp_path, "gpus_per_node: 0\ntime: 1:00:00\n")
 
 
 @pytest.fixture
@@ -54,10 +38,6 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def arguments(files: Path, *more: str) -> list[str]:
     return ["submit", str(files / "config.yaml"), "--site", str(files / "site.yaml"), *more]
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
 SITE = """\
@@ -82,20 +62,79 @@ def test_a_dry_run_prints_the_command_and_touches_nothing(files: Path, no_slurm:
     assert snapshot(files) == before
     command, script = capsys.readouterr().out.split("\n\n", 1)
     run = files / "run"
-    assert shlex.split(command) == [
-        "sbatch", "--open-mode=append", f"--output={run}/slurm-%j.out", "--requeue", "--job-name=dqtrain-run", f"--chdir={Path.cwd()}", "--partition=gpu", "--account=a1", "--qos=high", "--nodes=2", "--ntasks-per-node=4",
+    assert shlex.split(command[command.index(" sbatch ") :]) == [
+        "sbatch", "--parsable", "--open-mode=append", f"--output={run}/slurm-%j.out", "--requeue", "--job-name=dqtrain-run", f"--chdir={Path.cwd()}", "--partition=gpu", "--account=a1", "--qos=high", "--nodes=2", "--ntasks-per-node=4",
         "--cpus-per-task=6", "--gpus-per-node=8", "--mem=200G", "--time=1-02:00:00", "--signal=B:USR1@160",
-        f"--export={KEPT},HF_HOME", "--constraint=a100", "--comment=two words", f"{run}/code/slurm/train.sbatch", str(run), sys.executable, "cuda/12.8", "gcc",
+        "--export=ALL", "--constraint=a100", "--comment=two words", f"{run}/code/slurm/train.sbatch", str(run), sys.executable, "cuda/12.8", "gcc",
     ]  # fmt: skip
-    assert script == (ROOT / SCRIPT).read_text() + "\n"
+    assert script == f"{(ROOT / SCRIPT).read_text()}\n# Each rank: srun ... {sys.executable} -m launch.task {run}\n"
 
 
 def test_what_is_left_out_of_a_site_is_left_to_slurm(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(files, "--dry-run")) == 0
-    assert [word for word in shlex.split(capsys.readouterr().out.split("\n\n")[0]) if not word.startswith(("--chdir", "--output"))] == [
-        "sbatch", "--open-mode=append", "--requeue", "--job-name=dqtrain-run", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=1:00:00",
-        "--signal=B:USR1@180", f"--export={KEPT}", f"{files}/run/code/slurm/train.sbatch", str(files / "run"), sys.executable,
+    command = capsys.readouterr().out.split("\n\n")[0]
+    assert [word for word in shlex.split(command[command.index(" sbatch ") :]) if not word.startswith(("--chdir", "--output"))] == [
+        "sbatch", "--parsable", "--open-mode=append", "--requeue", "--job-name=dqtrain-run", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=1:00:00",
+        "--signal=B:USR1@180", "--export=ALL", f"{files}/run/code/slurm/train.sbatch", str(files / "run"), sys.executable,
     ]  # fmt: skip
+
+
+SBATCH = """\
+#!/bin/sh
+{ printf '%s\\0' "$@"; echo; tr '\\0' '\\n' < /proc/$$/environ | sort; } > {folder}/called
+echo 42
+"""
+
+
+def test_the_printed_command_does_what_submit_does(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "bin").mkdir()
+    (files / "bin/sbatch").write_text(SBATCH.replace("{folder}", str(files)))
+    (files / "bin/sbatch").chmod(0o755)
+    (files / "site.yaml").write_text(f"{SITE}time: 1:00:00\n")
+    for name, value in {
+        "PATH": f"{files}/bin:{os.environ['PATH']}",
+        "HF_HOME": 'it\'s "$x" here',
+        "SLURM_CONF": "/a/conf",
+        "SECRET": "1",
+        "SBATCH_DEBUG": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert main(arguments(files, "--dry-run")) == 0
+    printed = capsys.readouterr().out.split("\n\n")[0]
+    assert not (files / "called").exists() and "here" not in printed
+    assert main(arguments(files)) == 0
+    called = (files / "called").read_text()
+    assert '\nHF_HOME=it\'s "$x" here\n' in called and "\nSLURM_CONF=/a/conf\n" in called and "\nSBATCH_DEBUG=2\n" in called and "SECRET" not in called
+    (files / "called").unlink()
+    assert subprocess.run(["bash", "-c", printed], capture_output=True, text=True, check=True).stdout == "42\n"
+    assert (files / "called").read_text() == called
+
+
+CONTAINER = "{kind: %s, image: %s, mounts: [/data, '/a:/b:ro'], python: /opt/python}"
+
+
+@pytest.mark.parametrize(
+    "kind, image, gpus, words",
+    [
+        ("pyxis", "docker://nvcr.io#nvidia/pytorch:26.01-py3", 0, ["--container-image={image}", "--container-mounts={mounts}", "--container-workdir={folder}"]),
+        ("pyxis", "{files}/image", 8, ["--container-image={image}", "--container-mounts={mounts}", "--container-workdir={folder}"]),
+        ("apptainer", "{files}/image", 8, ["apptainer", "exec", "--nv", "--bind={mounts}", "{image}"]),
+        ("apptainer", "{files}/image", 0, ["apptainer", "exec", "--bind={mounts}", "{image}"]),
+    ],
+)
+def test_ranks_in_a_container(files: Path, capsys: pytest.CaptureFixture[str], kind: str, image: str, gpus: int, words: list[str]) -> None:
+    (files / "image").touch()
+    image = image.format(files=files)
+    site = f"gpus_per_node: {gpus}\nranks_per_node: 1\ntime: 1:00:00\nscratch: /scratch\ninterface: ib0\nenvironment: {{A: b c}}\nmail: {{address: me@x.org}}\n"
+    (files / "site.yaml").write_text(f"{site}container: {CONTAINER % (kind, image)}\n")
+    assert main(arguments(files, "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert {"--mail-user=me@x.org", "--mail-type=END,FAIL"} <= set(shlex.split(said.split("\n\n")[0]))
+    run, folder = files / "run", Path.cwd()
+    names = {"image": image, "folder": folder, "mounts": f"{folder}:{folder},{run}:{run},/scratch:/scratch,/data:/data,/a:/b:ro"}
+    variables = [f"PYTHONPATH={run}/code", "PYTHONSAFEPATH=1", "OMP_NUM_THREADS=1", "GLOO_SOCKET_IFNAME=ib0", "NCCL_SOCKET_IFNAME=ib0", "A=b c"]
+    expected = [word.format(**names) for word in words] + ["env", *variables, "/opt/python", "-m", "launch.task", str(run)]
+    assert shlex.split(said.partition("# Each rank: srun ... ")[2]) == expected
 
 
 def test_nodes_that_failed_are_avoided_until_they_are_not(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +176,8 @@ BIG = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "
         ("ranks_per_node: 9", [], "which 9 ranks cannot share"),
         ("colour: red", [], "site.yaml:3: colour: unknown key."),
         ("", ["train.micro_batch=8", "--nodes", "1-2"], "which 2 ranks cannot share"),
+        ("container: {{kind: pyxis, image: {files}/none}}", [], "container.image: {files}/none is not there."),
+        ("container: {{kind: pyxis, image: docker://a}}", ["run.dir={files}/a,b"], "{files}/a,b cannot be mounted in a container"),
         ("", ["--time", "soon"], "--time: time is `soon`, but must be [DAYS-]HOURS:MINUTES:SECONDS"),
         ("", ["--time", "0:03:00"], "--time: time is 0:03:00, 180 s, of which the last 180 are for saving"),
         ("", ["run.dir={files}/a%b"], "a%b holds '%', which Slurm or Python reads as something else."),
@@ -150,10 +191,10 @@ def test_what_cannot_run_is_refused_and_nothing_touched(
     files: Path, no_slurm: None, capsys: pytest.CaptureFixture[str], change: str, more: list[str], message: str
 ) -> None:
     with (files / "site.yaml").open("a") as site:
-        site.write(change)
+        site.write(change.format(files=files))
     before = snapshot(files)
     assert main(arguments(files, *(word.format(files=files) for word in more))) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(files=files) in capsys.readouterr().err
     assert snapshot(files) == before
 
 
@@ -265,22 +306,14 @@ def test_the_script_is_clean() -> None:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = start_cluster(tmp_path_factory.mktemp("submit") / "state", "--nodes", 2)
-    yield cluster
-    cluster.do("stop")
+    yield from running(tmp_path_factory.mktemp("submit") / "state", "--nodes", 2)
 
 
 @pytest.fixture
-def dqtrain(cluster: Cluster, files: Path) -> Callable[..., tuple[int, str]]:
+def dqtrain(cluster: Cluster, files: Path) -> Callable[..., str]:
     """The command line on the login node, for a site whose jobs wait."""
     (files / "site.yaml").write_text("gpus_per_node: 0\ntime: 1:00:00\nflags: [--begin=now+1days]\nenvironment: {COLOUR: red}\n")
-
-    def run(*words: object, code: int = 0) -> str:
-        done = cluster.devcluster("run", "env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "dqtrain", *words)
-        assert done.returncode == code, done
-        return done.stdout + done.stderr
-
-    return run
+    return cluster.dqtrain
 
 
 def facts(cluster: Cluster, job: str) -> dict[str, str]:
@@ -381,21 +414,98 @@ def test_without_slurm_the_files_still_speak(
     assert not run.stop.exists()
 
 
-def test_launch_json_that_is_damaged(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def damage(file: Path, text: str) -> None:
+    """A directory instead of the file where the text is `/`."""
+    file.parent.mkdir()
+    file.mkdir() if text == "/" else file.write_text(text)
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ('{"nodes": "2"}', "site: Field required"),
+        ("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"),
+        ("\0", "Invalid JSON: "),
+        ("/", "Is a directory"),
+    ],
+)
+def test_launch_json_that_is_damaged(files: Path, capsys: pytest.CaptureFixture[str], text: str, what: str) -> None:
+    run = RunDir(files / "run")
+    damage(run.launch, text)
+    run.config.write_text((files / "config.yaml").read_text())
+    for command in ("resume", "status"):
+        assert main([command, str(run.path)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"dqtrain: {run.launch}: is no launch of this version of dqtrain ({what}")
+        assert said.endswith("). Remove it and submit the run again.\n") and said.count("\n") == 1
+
+
+LISTS = [
+    ("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"),
+    ("[]", "Input should be an object"),
+    ('{"a": {"until": "2999-01-01T00:00:00", "why": "b"}}', "a.until: Input should have timezone info"),
+    ('{"a": {"until": "2999-01-01T00:00:00Z"}}', "a.why: Field required"),
+    ("/", "Is a directory"),
+]
+
+
+@pytest.mark.parametrize("text, what", LISTS)
+def test_excluded_json_that_is_damaged(files: Path, capsys: pytest.CaptureFixture[str], text: str, what: str) -> None:
+    run = RunDir(files / "run")
+    damage(run.excluded, text)
+    run.config.write_text((files / "config.yaml").read_text())
+    for command in (["status", str(run.path)], arguments(files, "--dry-run")):
+        assert main(command) == 2
+        assert capsys.readouterr().err == f"dqtrain: {run.excluded}: is no list of nodes to avoid ({what}). Remove it: then the run avoids none.\n"
+
+
+EXCLUDE = """\
+import os, sys
+from dqtrain.rundir import RunDir
+from launch.submit import load_launch
+from launch.supervisor import Supervisor
+os.environ |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node[1-2]"}
+run = RunDir(sys.argv[1])
+Supervisor(run, load_launch(run)).exclude({"node2": "hung"})
+"""
+
+
+def test_a_damaged_list_does_not_end_a_supervisor(cluster: Cluster, files: Path) -> None:
     run = RunDir(files / "run")
     run.path.mkdir()
-    run.launch.write_text('{"nodes": 2}')
-    (run.path / "run.yaml").write_text((files / "config.yaml").read_text())
-    assert main(["resume", str(run.path)]) == 2
-    assert f"{run.launch}: is no launch of this version of dqtrain" in capsys.readouterr().err
+    site = Site.model_validate_json('{"gpus_per_node": 0}')
+    save_launch(Launch(site=site, nodes=2, min_nodes=2, time="1:00:00", python=Path(sys.executable), folder=files), run)
+    command = ["run", "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", EXCLUDE, run.path]
+    run.excluded.write_text("{")
+    done = cluster.devcluster(*command)
+    assert (
+        done.returncode == 0 and done.stderr.startswith(f"dqtrain: {run.excluded}: is no list of nodes to avoid (Invalid JSON") and done.stderr.count("\n") == 1
+    )
+    assert [(node, entry.why) for node, entry in read_excluded(run).items()] == [("node2", "hung")]
+    assert [(event["event"], event["node"]) for event in run.read_events()] == [("exclude", "node2")]
+    run.excluded.unlink()
+    run.excluded.mkdir()
+    done = cluster.devcluster(*command)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and f"dqtrain: {run.excluded} cannot be written: Is a directory" in done.stderr
+
+
+def test_a_stop_file_that_is_a_directory(cluster: Cluster, dqtrain: Callable[..., str], files: Path) -> None:
+    run = RunDir(files / "run")
+    run.stop.mkdir(parents=True)
+    run.config.write_text((files / "config.yaml").read_text())
+    message = f"dqtrain: {run.stop} is a directory, but an empty file of that name asks a run to stop. Remove it, then `dqtrain resume {run.path}`.\n"
+    assert dqtrain(*arguments(files), code=2) == message
+    assert dqtrain("train", files / "config.yaml", code=2) == message
+    run.stop.rmdir()
+    dqtrain(*arguments(files))
+    run.stop.mkdir()
+    assert dqtrain("stop", run.path, code=2) == message
+    launch = load_launch(run)
+    assert launch is not None and launch.job is not None and facts(cluster, launch.job)["JobState"] == "CANCELLED"
 
 
 def test_launch_survives_its_file(tmp_path: Path) -> None:
-    from launch.submit import save_launch
-
     (tmp_path / "site.yaml").write_text(SITE)
-    from launch.site import load_site
-
     run = RunDir(tmp_path)
     launch = Launch(
         site=load_site(tmp_path / "site.yaml"), nodes=3, min_nodes=2, time="1:00:00", python=Path("/a b/python"), folder=tmp_path, job="7", history=("5", "6")

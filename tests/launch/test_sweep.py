@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from cluster import Cluster, start_cluster, until
-from conftest import write_corpus
+from cluster import SLOW_S, Cluster, running, snapshot, until, write_files
 
 from dqtrain.cli import main
 from dqtrain.config import load_config
@@ -25,26 +25,11 @@ from launch.site import load_site
 from launch.submit import ROOT, load_launch, new_launch, save_launch
 from launch.sweep import load_sweep, points
 
-CONFIG = """\
-run: {dir: nowhere, seed: 3}
-teacher: null
-student: {architecture: {model_type: gpt2, n_embd: 32, n_layer: 1, n_head: 2, n_positions: 16}}
-data: {train: %s/train.jsonl, tokens_per_sample: 16, train_tokenizer: {vocab_size: 300}}
-train: {steps: 4, global_batch: 8, micro_batch: 1, lr: 3e-5}
-quant: null
-distill: {task: 1.0}
-checkpoint: {every_steps: 2}
-log: {every_steps: 1}
-"""
-SLOW_S = 240
-
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """Folder with config.yaml, train.jsonl, site.yaml and sweep.yaml."""
-    write_corpus(tmp_path / "train.jsonl", 100, 0)
-    (tmp_path / "config.yaml").write_text(CONFIG % tmp_path)
-    (tmp_path / "site.yaml").write_text("gpus_per_node: 0\ntime: 0:30:00\ninterface: eth0\ngrace_s: 60\n")
+    write_files(tmp_path, "gpus_per_node: 0\ntime: 0:30:00\ninterface: eth0\ngrace_s: 60\n")
     write_sweep(tmp_path, {"train.lr": [0.001, 3e-5], "run.seed": [1, 2]})
     return tmp_path
 
@@ -55,10 +40,6 @@ def write_sweep(files: Path, grid: dict, **more: object) -> None:
 
 def arguments(files: Path, *more: str) -> list[str]:
     return ["sweep", str(files / "sweep.yaml"), "--site", str(files / "site.yaml"), *more]
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
 NAMES = ["train.lr=0.001,run.seed=1", "train.lr=0.001,run.seed=2", "train.lr=3e-05,run.seed=1", "train.lr=3e-05,run.seed=2"]
@@ -219,21 +200,13 @@ def test_here(files: Path) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = start_cluster(tmp_path / "state", "--nodes", 2)
-    yield cluster
-    cluster.do("stop")
+    yield from running(tmp_path / "state", "--nodes", 2)
 
 
 @pytest.fixture
 def dqtrain(cluster: Cluster) -> Callable[..., str]:
-    """The command line on the login node."""
-
-    def run(*words: object, code: int = 0) -> str:
-        done = cluster.devcluster("run", "env", f"PYTHONPATH={ROOT}", "LEFT_BEHIND=1", sys.executable, "-m", "dqtrain", *words)
-        assert done.returncode == code, done
-        return done.stdout + done.stderr
-
-    return run
+    """The command line on the login node, with a variable that is not for jobs."""
+    return partial(cluster.dqtrain, LEFT_BEHIND="1")
 
 
 def job_of(run: RunDir) -> str:
