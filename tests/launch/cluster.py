@@ -142,9 +142,13 @@ class Job(Run):
         return self.job
 
     @property
+    def launch(self) -> dict[str, Any]:
+        return json.loads((self.path / "launch.json").read_text())
+
+    @property
     def job(self) -> str:
         """Id of the newest job."""
-        return json.loads((self.path / "launch.json").read_text())["job"]
+        return self.launch["job"]
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         """Those of some kinds, oldest first."""

@@ -384,6 +384,31 @@ def test_a_run_keeps_its_code_until_it_is_told_otherwise(cluster: Cluster, dqtra
     dqtrain("stop", run.path)
 
 
+def test_successors_wait_are_counted_and_leave_the_queue_together(cluster: Cluster, dqtrain: Callable[..., str], files: Path) -> None:
+    run = RunDir(files / "run")
+    with (files / "site.yaml").open("a") as site:
+        site.write("successors: 2\n")
+    first, second = dqtrain(*arguments(files, "--dry-run")).splitlines()[:2]
+    assert (
+        second
+        == first.replace(f"{run.code / SCRIPT}", f"--dependency=afterany:JOB {run.code / SCRIPT}")
+        + "  # 2 times; JOB is the one before"
+    )
+    said = dqtrain(*arguments(files)).splitlines()
+    launch = load_launch(run)
+    assert launch is not None and launch.job is not None
+    jobs = [launch.job, *launch.successors]
+    assert said[0].startswith(f"submitted job {jobs[0]}: ") and said[1] == f"{jobs[1]}, {jobs[2]} wait to go on with it"
+    assert [facts(cluster, job)["Dependency"] for job in jobs] == ["(null)", *(f"afterany:{job}(unfulfilled)" for job in jobs[:2])]
+    assert run.read_events()[0]["successors"] == jobs[1:]
+    assert dqtrain("status", run.path).splitlines()[0].endswith("; 2 successors of 2 left")
+    cluster.run("scancel", jobs[0])
+    assert dqtrain("status", run.path).splitlines()[0].endswith("; 1 successor of 2 left")
+    assert f"has a job already: {jobs[1]}, pending." in dqtrain(*arguments(files), code=2)
+    assert dqtrain("stop", run.path) == f"job {jobs[1]} has left the queue. `dqtrain resume {run.path}` goes on.\n"
+    assert [facts(cluster, job)["JobState"] for job in jobs] == ["CANCELLED"] * 3
+
+
 def test_what_slurm_refuses_is_said_and_can_be_mended(cluster: Cluster, dqtrain: Callable[..., str], files: Path) -> None:
     run = RunDir(files / "run")
     with (files / "site.yaml").open("a") as site:
