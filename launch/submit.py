@@ -29,9 +29,9 @@ from launch import slurm
 from launch.site import Container, Site
 
 ROOT = Path(__file__).resolve().parent.parent
-"""Where this code is: the packages, and slurm/ beside them."""
+"""Where this code is: a checkout, or what pip installs into."""
 
-SCRIPT = Path("slurm/train.sbatch")
+SCRIPT = Path("launch/train.sbatch")
 """The batch script, from ROOT."""
 
 KEPT_VARIABLES = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TZ", "USER")

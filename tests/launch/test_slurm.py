@@ -41,7 +41,7 @@ def all_nodes(cluster: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture
-def make_job(cluster: Cluster, world: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+def make_job(cluster: Cluster, world: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
     """Write a config and a site file, and give their Job; jobs that a failed test leaves are cancelled."""
     made: list[Job] = []
 
@@ -54,6 +54,7 @@ def make_job(cluster: Cluster, world: Path, tmp_path: Path) -> Iterator[Callable
 
     yield make
     for job in made:
+        job.note_costs(request.node.name)
         print(job.story())  # pytest shows it when the test failed
         for event in job.events("submit", "successor"):
             cluster.devcluster("run", "scancel", event["job"])
@@ -173,7 +174,7 @@ def test_a_plain_job_of_four_nodes(make_job, world: Path, tmp_path: Path, cluste
     assert run.events("srun_end")[0]["code"] == 0
     assert [(run.path / f"rank-{rank:04d}.log").read_text().count("Traceback") for rank in (1, 2, 3)] == [0, 0, 0]
     assert run.login("resume", run.path)[0] == 2
-    cluster.run("sbatch", f"--output={run.path}/by-hand.out", run.path / "code/slurm/train.sbatch", run.path, sys.executable)
+    cluster.run("sbatch", f"--output={run.path}/by-hand.out", run.path / "code/launch/train.sbatch", run.path, sys.executable)
     run.until(lambda: len(run.events("job_end")) == 2)
     assert run.events("job_end")[1]["why"] == "the run is finished already"
 
@@ -441,7 +442,7 @@ def test_two_jobs_for_one_run(make_job, whole: Run, cluster: Cluster) -> None:
     run.until_step(3)
     code, output = run.login("resume", run.path)
     assert code == 2 and first in output
-    again = ["sbatch", "--parsable", "--nodes=2", f"--output={run.path}/slurm-%j.out", run.path / "code/slurm/train.sbatch", run.path, sys.executable]
+    again = ["sbatch", "--parsable", "--nodes=2", f"--output={run.path}/slurm-%j.out", run.path / "code/launch/train.sbatch", run.path, sys.executable]
     second = cluster.run(*again).strip()
     run.until(lambda: run.events("refused"))
     (refused,) = run.events("refused")
