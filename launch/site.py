@@ -111,6 +111,8 @@ class Site(Block):
     """Names of further variables that a job takes over from the shell it was submitted from."""
     grace_s: int = Field(120, ge=1, le=36000)
     """Seconds before the time limit that a run needs to save; at a preemption the cluster's own grace time counts."""
+    successors: int = Field(0, ge=0, le=100)
+    """Jobs that are queued with a run to take over one after the other, where nodes may not submit or requeue jobs; 0: nodes may, and a run needs none."""
     max_restarts: int = Field(3, ge=0)
     """How often in a row a run that breaks is started again without a newer checkpoint."""
     exclude_hours: float = Field(24.0, gt=0)

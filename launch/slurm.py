@@ -42,6 +42,7 @@ class Job:
     """What slurmctld knows of a job; it forgets jobs that ended some minutes ago (MinJobAge)."""
 
     id: str
+    """As it was asked for: JOB, or JOB_TASK."""
     name: str
     state: str
     """PENDING, RUNNING, COMPLETING, COMPLETED, CANCELLED, FAILED, TIMEOUT, NODE_FAIL, PREEMPTED, ..."""
@@ -124,9 +125,9 @@ def requeue(job: str, patience_s: float = 0.0) -> None:
             raise
 
 
-def cancel(job: str, signal: str | None = None) -> None:
-    """End a job; with a signal, such as USR1, only send that to its batch script. Raises SlurmError."""
-    _call(["scancel", *(("--batch", f"--signal={signal}") if signal else ()), job])
+def cancel(*jobs: str) -> None:
+    """End jobs, in this order. Raises SlurmError."""
+    _call(["scancel", *jobs])
 
 
 def expand(nodelist: str) -> tuple[str, ...]:
@@ -150,7 +151,7 @@ def find_job(job: str, patience_s: float = 0.0) -> Job | None:
         fields.setdefault(key, value)  # what follows the first may be a user's text
     nodes = fields.get("NodeList", "")
     return Job(
-        id=fields["JobId"],
+        id=job,
         name=fields["JobName"],
         state=fields["JobState"].split()[0],
         reason=fields["Reason"],

@@ -6,6 +6,7 @@ Accounting is not needed. Where Slurm does not answer, what the files say is sho
 import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -251,11 +252,20 @@ def _now(run: RunDir, launch: Launch | None, job: slurm.Job | None, problem: str
     if job.state == "PENDING":
         reason = f" ({job.reason})" if job.reason != "None" else ""  # the scheduler has not looked at it yet
         expected = f", expected to start at {job.start.isoformat(timespec='minutes')}" if job.start is not None else ""
-        return "waits", f"job {launch.job} is queued{reason}{expected}; {launch.shape}"
+        return "waits", f"job {job.id} is queued{reason}{expected}; {launch.shape}{_behind(launch, job)}"
     where = ",".join(job.nodes[:8]) + (",..." if len(job.nodes) > 8 else "")
     left = f", {clock(job.time_left_s)} left of this start" if job.time_left_s is not None else ""
     given = f"{len(job.nodes)} of " if launch.min_nodes < launch.nodes else ""
-    return "runs", f"job {launch.job} is {job.state.lower()} on {where}; {given}{launch.shape}{left}"
+    return "runs", f"job {job.id} is {job.state.lower()} on {where}; {given}{launch.shape}{left}{_behind(launch, job)}"
+
+
+def _behind(launch: Launch, job: slurm.Job) -> str:
+    """How many jobs wait to take over from one."""
+    if not launch.site.successors:
+        return ""
+    jobs = (launch.job, *launch.successors)
+    left = len(jobs) - 1 - jobs.index(job.id)
+    return f"; {left or 'no'} successor{'' if left == 1 else 's'} of {launch.site.successors} left"
 
 
 def _restarts(events: Sequence[dict[str, Any]]) -> list[str]:
@@ -295,11 +305,14 @@ def stop(path: Path) -> str:
         raise ConfigError(f"{run.path}: {headline}. There is nothing to stop.")
     run.stop.touch()  # first: should a job start at this moment, it finds the file
     run.event("stop_requested")
+    if launch is not None and launch.successors and problem is None:
+        with suppress(slurm.SlurmError):  # Slurm may have forgotten some
+            slurm.cancel(*reversed(launch.successors))
     if what == "waits" and job is not None:
-        assert launch is not None and launch.job is not None
-        slurm.cancel(launch.job)  # not job.id, which of an array that waits is the whole of it
+        if launch is not None and job.id not in launch.successors:
+            slurm.cancel(job.id)
         withdraw(run.stop)
-        return f"job {launch.job} has left the queue. `dqtrain resume {run.path}` goes on."
+        return f"job {job.id} has left the queue. `dqtrain resume {run.path}` goes on."
     return f"asked {run.path} to save and end at its next step; `dqtrain status {run.path}` shows when it has. {f'({problem})' if problem else ''}".rstrip()
 
 

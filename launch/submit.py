@@ -29,9 +29,9 @@ from launch import slurm
 from launch.site import Container, Site
 
 ROOT = Path(__file__).resolve().parent.parent
-"""Where this code is: the packages, and slurm/ beside them."""
+"""Where this code is: a checkout, or what pip installs into."""
 
-SCRIPT = Path("slurm/train.sbatch")
+SCRIPT = Path("launch/train.sbatch")
 """The batch script, from ROOT."""
 
 KEPT_VARIABLES = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
@@ -54,9 +54,11 @@ class Launch(Block):
     folder: Path
     """Working directory of the ranks, from where relative paths of the config count: that of the first submission."""
     job: str | None = None
-    """Id of the newest job of the run."""
+    """Id of the newest job of the run, but for those that wait to take over."""
     history: tuple[str, ...] = ()
     """Ids of the jobs before it, oldest first."""
+    successors: tuple[str, ...] = ()
+    """Ids of those that wait to take over, in their order (`Site.successors`)."""
 
     @property
     def ranks(self) -> int:
@@ -81,9 +83,9 @@ class Launch(Block):
         variables = {"PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1", **site.variables}
         return site.container.words(self.folder, [run.path, *([site.scratch] if site.scratch else [])], variables, site.gpus_per_node > 0)
 
-    def followed_by(self, job: str) -> "Launch":
+    def followed_by(self, job: str, successors: Sequence[str] = ()) -> "Launch":
         """The same with a newer job."""
-        return self.model_copy(update={"job": job, "history": self.history + ((self.job,) if self.job is not None else ())})
+        return self.model_copy(update={"job": job, "history": self.history + ((self.job,) if self.job is not None else ()), "successors": tuple(successors)})
 
 
 def new_launch(site: Site, nodes: tuple[int, int], time: str | None) -> Launch:
@@ -203,20 +205,36 @@ def submit(config: RunConfig, launch: Launch, run: RunDir, dry_run: bool = False
     if dry_run:
         run.refuse_if_owned()
         inside = shlex.join([*launch.python_on_nodes(run), "-m", "launch.task", str(run.path)])
-        return f"{slurm.sbatch_line(batch_arguments(launch, run, exclude))}\n\n{(ROOT / SCRIPT).read_text()}\n# Each rank: srun ... {inside}"
+        lines = [slurm.sbatch_line(batch_arguments(launch, run, exclude))]
+        if launch.site.successors:
+            lines += [f"{slurm.sbatch_line(batch_arguments(launch, run, exclude, after='JOB'))}  # {launch.site.successors} times; JOB is the one before"]
+        return "\n".join([*lines, "", (ROOT / SCRIPT).read_text(), f"# Each rank: srun ... {inside}"])
     refuse_live(run)
     slurm.require("sbatch")
     notes = provide(config, launch, run, new_code)
-    job = slurm.sbatch(batch_arguments(launch, run, exclude))
-    record(job, run)
+    job, *successors = _queue(launch, run, exclude)
+    record(job, run, successors)
     notes += [f"it avoids {node} {entry}" for node, entry in exclude.items()]
     return "\n".join(
         [
             f"submitted job {job}: {launch.shape}, at most {launch.time} each start",
+            *([f"{', '.join(successors)} wait to go on with it"] if successors else []),
             *notes,
             *(f"  dqtrain {f'{verb} {shlex.quote(str(run.path))}':<{len(str(run.path)) + 12}} {meaning}" for verb, meaning in _NEXT.items()),
         ]
     )
+
+
+def _queue(launch: Launch, run: RunDir, exclude: Collection[str]) -> list[str]:
+    """Submit the job, and those that wait to take over; their ids. All or none."""
+    jobs = [slurm.sbatch(batch_arguments(launch, run, exclude))]
+    try:
+        for _ in range(launch.site.successors):
+            jobs.append(slurm.sbatch(batch_arguments(launch, run, exclude, after=jobs[-1])))
+    except slurm.SlurmError:
+        slurm.cancel(*reversed(jobs))
+        raise
+    return jobs
 
 
 _NEXT = {"status": "what it does", "logs -f": "what it prints", "stop": "save, then end", "resume": "go on"}
@@ -248,17 +266,25 @@ def provide(config: RunConfig, launch: Launch, run: RunDir, new_code: bool = Fal
     return notes
 
 
-def record(job: str, run: RunDir) -> None:
-    """Note a job that was queued for the run."""
+def record(job: str, run: RunDir, successors: Sequence[str] = ()) -> None:
+    """Note a job that was queued for the run, and those that wait to take over."""
     launch = load_launch(run)
     assert launch is not None
-    save_launch(launch.followed_by(job), run)
-    run.event("submit", job=job, nodes=launch.asked_nodes)
+    save_launch(launch.followed_by(job, successors), run)
+    run.event("submit", job=job, nodes=launch.asked_nodes, **({"successors": successors} if successors else {}))
 
 
 def newest_job(launch: Launch) -> slurm.Job | None:
-    """What Slurm knows of the newest job; None where there is none, and for one that it has forgotten. Raises SlurmError when it does not say."""
-    return slurm.find_job(launch.job) if launch.job is not None else None
+    """What Slurm knows of the newest job, or of the first of its successors that lives when it has ended; None where there is none, and for one that it has forgotten.
+
+    Raises SlurmError when it does not say.
+    """
+    if launch.job is None:
+        return None
+    job = slurm.find_job(launch.job)
+    if job is not None and job.is_live:
+        return job
+    return next((later for later in map(slurm.find_job, launch.successors) if later is not None and later.is_live), job)
 
 
 def refuse_live(run: RunDir) -> None:
@@ -285,7 +311,7 @@ def refuse_live_job(launch: Launch, run: RunDir) -> None:
     """Raise ConfigError when the newest job of the run is queued or runs; SlurmError when Slurm does not say."""
     job = newest_job(launch)
     if job is not None and job.is_live:
-        raise ConfigError(f"{run.path} has a job already: {launch.job}, {job.state.lower()}. `dqtrain stop {run.path}` ends it; then submit again.")
+        raise ConfigError(f"{run.path} has a job already: {job.id}, {job.state.lower()}. `dqtrain stop {run.path}` ends it; then submit again.")
 
 
 def _check_name(path: Path) -> None:

@@ -97,6 +97,9 @@ class Supervisor:
 
     def supervise(self) -> int:
         """The whole of it; the exit code of the job."""
+        if why := self.ended_for_good():
+            print(f"dqtrain: nothing to go on with: {why}", file=sys.stderr, flush=True)
+            return 0
         if self.run.result.exists():
             return self.end(0, "the run is finished already")
         if self.run.stop.exists():
@@ -107,6 +110,7 @@ class Supervisor:
             self.run.event("refused", job=self.job, why=str(error))
             print(f"dqtrain: {error}", file=sys.stderr, flush=True)
             return error.exit_code
+        self.take_over()
         lost = self.nodes_lost_before()
         self._first_step = self.run.newest_step()
         where = {"step": self._first_step, "logged": self.run.logged_step()}
@@ -136,6 +140,20 @@ class Supervisor:
             if job is None or job.state != "COMPLETING":
                 self.run.refuse_if_owned()
             time.sleep(_POLL_S)
+
+    def ended_for_good(self) -> str | None:
+        """Why there is nothing to do for a job that waited for another one, with which the run ended."""
+        if "SLURM_JOB_DEPENDENCY" not in os.environ or self.restart:
+            return None
+        kinds = ("submit", "job_start", "job_end", "requeue", "successor")
+        last = next((event for event in reversed(self.run.read_events()) if event["event"] in kinds), None)
+        return last["why"] if last is not None and last["event"] == "job_end" else None
+
+    def take_over(self) -> None:
+        """Be the run's newest job, if this is one that was queued beforehand."""
+        launch = load_launch(self.run) or self.launch
+        if self.job in launch.successors:
+            save_launch(launch.followed_by(self.job, launch.successors[launch.successors.index(self.job) + 1 :]), self.run)
 
     def nodes_lost_before(self) -> dict[str, str]:
         """Node that is down now and was one of the last start's, if that left no word -> why it is to be avoided.
@@ -314,6 +332,8 @@ class Supervisor:
             if job is not None and job.state != "RUNNING" and job.reason != "TimeLimit":  # cancelled, and that is respected
                 return self.end(outcome.code, f"{outcome.why.rstrip('.')}; Slurm ends the job ({job.state}). `dqtrain resume {self.run.path}` goes on.")
             announced = outcome.then == "again"
+            if self.launch.site.successors:
+                return self.leave_to_successor(outcome, announced)
             if not (outcome.bad and self.submit_successor(outcome, announced)):
                 with suppress(OSError):  # here and below: a disk that fails must not cost the requeue
                     self.run.event("requeue", job=self.job, why=outcome.why, announced=announced)
@@ -322,6 +342,16 @@ class Supervisor:
                 time.sleep(2 * _KILL_S)  # the requeue ends this process
         except UserError as error:
             return self.end(outcome.code, f"{outcome.why.rstrip('.')}; it could not be requeued: {error} `dqtrain resume {self.run.path}` goes on.")
+        return outcome.code
+
+    def leave_to_successor(self, outcome: Outcome, announced: bool) -> int:
+        """End, so that the next of the jobs that were queued beforehand goes on; the exit code. It cannot be told to avoid a node."""
+        left = (load_launch(self.run) or self.launch).successors
+        if not left:
+            return self.end(outcome.code, f"{outcome.why.rstrip('.')}; no successor is left (successors). `dqtrain resume {self.run.path}` queues new ones.")
+        with suppress(OSError):
+            self.run.event("successor", job=left[0], why=outcome.why, exclude=[], announced=announced)
+        print(f"dqtrain: {outcome.why.rstrip('.')}; job {left[0]} goes on", file=sys.stderr, flush=True)
         return outcome.code
 
     def submit_successor(self, outcome: Outcome, announced: bool) -> bool:

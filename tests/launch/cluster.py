@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Run, write_corpus
 
+from launch.status import steps_repeated
 from launch.submit import ROOT
 
 DEVCLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "devcluster"
@@ -142,9 +145,13 @@ class Job(Run):
         return self.job
 
     @property
+    def launch(self) -> dict[str, Any]:
+        return json.loads((self.path / "launch.json").read_text())
+
+    @property
     def job(self) -> str:
         """Id of the newest job."""
-        return json.loads((self.path / "launch.json").read_text())["job"]
+        return self.launch["job"]
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         """Those of some kinds, oldest first."""
@@ -198,6 +205,25 @@ class Job(Run):
         pids = self.pids()
         for rank in ranks or pids:
             os.kill(pids[rank], signum)
+
+    def note_costs(self, test: str) -> None:
+        """Add a row to the table of docs/benchmarks/slurm.md, in the file that DQTRAIN_COSTS names, if it names one: made of the run's events alone."""
+        name = os.environ.get("DQTRAIN_COSTS")
+        if not name or not self.events("start"):
+            return
+        every = self.events("submit", "job_start", "start", "resume", "checkpoint", "stopped", "srun_end", "requeue", "successor", "job_end")
+        until_start, until_training = [], []
+        for before, event in pairwise(every):
+            seconds = (datetime.fromisoformat(event["time"]) - datetime.fromisoformat(before["time"])).total_seconds()
+            if event["event"] == "job_start" and before is not every[0]:
+                until_start.append(f"{seconds:.0f}" if before["event"] != "checkpoint" else f"{seconds:.0f} from the last checkpoint")
+            elif event["event"] in ("start", "resume"):
+                until_training.append(f"{seconds:.0f}")
+        row = [test.removeprefix("test_").replace("_", " "), str(steps_repeated(every)), ", ".join(until_start) or "-", ", ".join(until_training)]
+        with Path(name).open("a") as table:
+            if table.tell() == 0:
+                table.write("| test | steps made again | seconds to the next start | from a start to training |\n|---|---|---|---|\n")
+            table.write(f"| {' | '.join(row)} |\n")
 
     def finish(self, whole: Run, announced: int = 0, broken: int = 0) -> None:
         """Wait for the end, and compare with an uninterrupted run; the restarts so far were of these kinds."""

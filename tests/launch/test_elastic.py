@@ -24,7 +24,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 @pytest.mark.slow
-def test_a_run_takes_the_nodes_that_there_are(cluster: Cluster, make_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_run_takes_the_nodes_that_there_are(cluster: Cluster, make_run: Callable[..., Run], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     whole = make_run("whole", **CHANGES)
     code, output = whole.train(ranks=1)
     assert code == 0, output
@@ -45,6 +45,7 @@ def test_a_run_takes_the_nodes_that_there_are(cluster: Cluster, make_run: Callab
     run.until(lambda: run.events("finished"))
     end = run.until_ended()
     assert (end["code"], end["why"], [event["nodes"] for event in run.events("job_start")]) == (0, "finished", [["node1"], ["node1", "node2"]])
+    run.note_costs(request.node.name)
     assert [event["ranks"] for event in run.events("start", "resume")] == [1, 2] and 0 < run.events("resume")[0]["step"] < 60
     for ours, theirs in zip(run.log(), whole.log(), strict=True):
         assert ours.keys() == theirs.keys() and (ours["step"], ours.get("tokens")) == (theirs["step"], theirs.get("tokens"))

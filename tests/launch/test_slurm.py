@@ -41,7 +41,7 @@ def all_nodes(cluster: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture
-def make_job(cluster: Cluster, world: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+def make_job(cluster: Cluster, world: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
     """Write a config and a site file, and give their Job; jobs that a failed test leaves are cancelled."""
     made: list[Job] = []
 
@@ -54,6 +54,7 @@ def make_job(cluster: Cluster, world: Path, tmp_path: Path) -> Iterator[Callable
 
     yield make
     for job in made:
+        job.note_costs(request.node.name)
         print(job.story())  # pytest shows it when the test failed
         for event in job.events("submit", "successor"):
             cluster.devcluster("run", "scancel", event["job"])
@@ -173,7 +174,7 @@ def test_a_plain_job_of_four_nodes(make_job, world: Path, tmp_path: Path, cluste
     assert run.events("srun_end")[0]["code"] == 0
     assert [(run.path / f"rank-{rank:04d}.log").read_text().count("Traceback") for rank in (1, 2, 3)] == [0, 0, 0]
     assert run.login("resume", run.path)[0] == 2
-    cluster.run("sbatch", f"--output={run.path}/by-hand.out", run.path / "code/slurm/train.sbatch", run.path, sys.executable)
+    cluster.run("sbatch", f"--output={run.path}/by-hand.out", run.path / "code/launch/train.sbatch", run.path, sys.executable)
     run.until(lambda: len(run.events("job_end")) == 2)
     assert run.events("job_end")[1]["why"] == "the run is finished already"
 
@@ -243,6 +244,78 @@ def test_ranks_in_a_container(make_job, whole: Run, cluster: Cluster, tmp_path: 
     run.until(lambda: run.events("requeue"))
     run.finish(whole, announced=1)
     assert run.events("stopped")[0]["step"] == run.events("resume")[0]["step"]
+
+
+# ---- where nodes may not submit jobs
+
+
+SBATCH = '#!/bin/sh\n[ -z "$SLURM_JOB_ID" ] || { echo \'Access denied\' >&2; exit 1; }\nexec %s "$@"\n'
+
+
+@pytest.fixture
+def only_login_submits(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch and `scontrol requeue` are refused within jobs."""
+    (tmp_path / "bin").mkdir()
+    for program in ("sbatch", "scontrol"):
+        real = cluster.run("which", program).strip()
+        text = SBATCH % real if program == "sbatch" else SBATCH.replace('[ -z "$SLURM_JOB_ID" ]', '[ "$1" != requeue ]') % real
+        (tmp_path / "bin" / program).write_text(text)
+        (tmp_path / "bin" / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+
+@pytest.mark.slow
+def test_successors_that_were_queued_beforehand_go_on(make_job, whole: Run, cluster: Cluster, only_login_submits: None) -> None:
+    run = make_job(site={"successors": 3})
+    code, said = run.login("submit", run.config, "--site", run.site, "--nodes", 2)
+    first, after = run.job, run.launch["successors"]
+    assert code == 0 and len(after) == 3 and said.splitlines()[1] == f"{', '.join(after)} wait to go on with it"
+    run.until_step(3)
+    assert [run.state(job) for job in (first, *after)] == ["RUNNING", "PENDING", "PENDING", "PENDING"]
+    assert run.login("status", run.path)[1].splitlines()[0].endswith("; 3 successors of 3 left")
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    run.until(lambda: run.events("successor"))
+    run.until(lambda: len(run.events("job_start")) == 2)
+    run.until_step(run.events("stopped")[0]["step"] + 2)
+    assert run.job == after[0] and run.login("status", run.path)[1].splitlines()[0].endswith("; 2 successors of 3 left")
+    run.signal(signal.SIGKILL, 1)
+    run.finish(whole, announced=1, broken=1)
+    # The last has nothing to do.
+    run.until(lambda: run.state(after[2]) == "COMPLETED")
+    assert (run.path / f"slurm-{after[2]}.out").read_text() == "dqtrain: nothing to go on with: finished\n"
+    assert [event["job"] for event in run.events("job_start")] == [first, *after[:2]] and len(run.events("job_end")) == 1
+    assert run.login("status", run.path)[1].startswith(f"{run.path}: finished\n") and not run.events("requeue")
+
+
+@pytest.mark.slow
+def test_successors_do_not_go_on_with_a_mistake_or_after_a_stop(make_job, cluster: Cluster, only_login_submits: None, tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("no JSON\n")
+    run = make_job("mistake", site={"successors": 2}, data=f"{{train: {tmp_path}/corpus.jsonl, tokens_per_sample: 16}}", eval="{}")
+    first = run.submit()
+    end, after = run.until_ended(), run.launch["successors"]
+    run.until(lambda: [run.state(job) for job in after] == ["COMPLETED", "COMPLETED"])
+    assert (end["code"], run.job, run.state(first)) == (3, first, "FAILED") and len(run.events("job_end", "job_start")) == 2
+    assert f"job {first} is failed" in run.login("status", run.path)[1]
+
+    run = make_job("stopped", site={"successors": 2})
+    run.submit()
+    run.until_step(2)
+    assert run.login("stop", run.path)[0] == 0
+    assert run.until_ended()["code"] == 75
+    assert [run.state(job) for job in run.launch["successors"]] == ["CANCELLED", "CANCELLED"]
+
+
+@pytest.mark.slow
+def test_the_last_successor_says_that_it_is_the_last(make_job, cluster: Cluster, only_login_submits: None) -> None:
+    run = make_job(site={"successors": 1})
+    run.submit()
+    for start in (1, 2):
+        run.until(lambda start=start: len(run.events("start", "resume")) == start)
+        run.until_step(start)
+        cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+        run.until(lambda start=start: len(run.events("successor", "job_end")) == start)
+    end = run.until_ended()
+    assert end["code"] == 75 and end["why"].endswith(f"; no successor is left (successors). `dqtrain resume {run.path}` queues new ones.")
 
 
 # ---- what comes without notice: at most one checkpoint interval is made twice
@@ -369,7 +442,7 @@ def test_two_jobs_for_one_run(make_job, whole: Run, cluster: Cluster) -> None:
     run.until_step(3)
     code, output = run.login("resume", run.path)
     assert code == 2 and first in output
-    again = ["sbatch", "--parsable", "--nodes=2", f"--output={run.path}/slurm-%j.out", run.path / "code/slurm/train.sbatch", run.path, sys.executable]
+    again = ["sbatch", "--parsable", "--nodes=2", f"--output={run.path}/slurm-%j.out", run.path / "code/launch/train.sbatch", run.path, sys.executable]
     second = cluster.run(*again).strip()
     run.until(lambda: run.events("refused"))
     (refused,) = run.events("refused")

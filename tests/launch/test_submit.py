@@ -65,7 +65,7 @@ def test_a_dry_run_prints_the_command_and_touches_nothing(files: Path, no_slurm:
     assert shlex.split(command[command.index(" sbatch ") :]) == [
         "sbatch", "--parsable", "--open-mode=append", f"--output={run}/slurm-%j.out", "--requeue", "--job-name=dqtrain-run", f"--chdir={Path.cwd()}", "--partition=gpu", "--account=a1", "--qos=high", "--nodes=2", "--ntasks-per-node=4",
         "--cpus-per-task=6", "--gpus-per-node=8", "--mem=200G", "--time=1-02:00:00", "--signal=B:USR1@160",
-        "--export=ALL", "--constraint=a100", "--comment=two words", f"{run}/code/slurm/train.sbatch", str(run), sys.executable, "cuda/12.8", "gcc",
+        "--export=ALL", "--constraint=a100", "--comment=two words", f"{run}/code/launch/train.sbatch", str(run), sys.executable, "cuda/12.8", "gcc",
     ]  # fmt: skip
     assert script == f"{(ROOT / SCRIPT).read_text()}\n# Each rank: srun ... {sys.executable} -m launch.task {run}\n"
 
@@ -75,7 +75,7 @@ def test_what_is_left_out_of_a_site_is_left_to_slurm(files: Path, capsys: pytest
     command = capsys.readouterr().out.split("\n\n")[0]
     assert [word for word in shlex.split(command[command.index(" sbatch ") :]) if not word.startswith(("--chdir", "--output"))] == [
         "sbatch", "--parsable", "--open-mode=append", "--requeue", "--job-name=dqtrain-run", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=1:00:00",
-        "--signal=B:USR1@180", "--export=ALL", f"{files}/run/code/slurm/train.sbatch", str(files / "run"), sys.executable,
+        "--signal=B:USR1@180", "--export=ALL", f"{files}/run/code/launch/train.sbatch", str(files / "run"), sys.executable,
     ]  # fmt: skip
 
 
@@ -301,6 +301,28 @@ def test_the_script_is_clean() -> None:
     assert subprocess.run(["shellcheck", ROOT / SCRIPT], capture_output=True, text=True).stdout == ""
 
 
+@pytest.mark.slow
+def test_an_installed_wheel_can_submit(files: Path, no_slurm: None) -> None:
+    for name in ("dqtrain", "launch"):
+        shutil.copytree(ROOT / name, files / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, files / "source" / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", files, files / "source"], check=True, capture_output=True)
+    (wheel,) = files.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", files / "installed", wheel], check=True, capture_output=True)
+    shutil.rmtree(files / "source")
+    environment = {**os.environ, "PYTHONPATH": str(files / "installed")}
+    command = [sys.executable, "-m", "dqtrain", *arguments(files, "--dry-run")]
+    done = subprocess.run(command, cwd=files, env=environment, capture_output=True, text=True, check=True)
+    assert f"\n\n{(ROOT / SCRIPT).read_text()}\n# Each rank" in done.stdout
+    copy = "import sys; from pathlib import Path; from dqtrain.rundir import RunDir; from launch.submit import _copy_code; _copy_code(RunDir(Path(sys.argv[1])), False)"
+    (files / "run").mkdir()
+    subprocess.run([sys.executable, "-c", copy, files / "run"], cwd=files, env=environment, check=True)
+    copied = {str(file.relative_to(files / "run/code")) for file in (files / "run/code").rglob("*") if file.is_file()}
+    assert copied == {str(file.relative_to(ROOT)) for package in ("dqtrain", "launch") for file in (ROOT / package).rglob("*.py")} | {str(SCRIPT)}
+
+
 # ---- a real Slurm, whose jobs wait for another day
 
 
@@ -382,6 +404,27 @@ def test_a_run_keeps_its_code_until_it_is_told_otherwise(cluster: Cluster, dqtra
     assert [event["source"] for event in run.read_events() if event["event"] == "new_code"] == [str(ROOT)]
     assert not list(run.path.glob(".code*"))
     dqtrain("stop", run.path)
+
+
+def test_successors_wait_are_counted_and_leave_the_queue_together(cluster: Cluster, dqtrain: Callable[..., str], files: Path) -> None:
+    run = RunDir(files / "run")
+    with (files / "site.yaml").open("a") as site:
+        site.write("successors: 2\n")
+    first, second = dqtrain(*arguments(files, "--dry-run")).splitlines()[:2]
+    assert second == first.replace(f"{run.code / SCRIPT}", f"--dependency=afterany:JOB {run.code / SCRIPT}") + "  # 2 times; JOB is the one before"
+    said = dqtrain(*arguments(files)).splitlines()
+    launch = load_launch(run)
+    assert launch is not None and launch.job is not None
+    jobs = [launch.job, *launch.successors]
+    assert said[0].startswith(f"submitted job {jobs[0]}: ") and said[1] == f"{jobs[1]}, {jobs[2]} wait to go on with it"
+    assert [facts(cluster, job)["Dependency"] for job in jobs] == ["(null)", *(f"afterany:{job}(unfulfilled)" for job in jobs[:2])]
+    assert run.read_events()[0]["successors"] == jobs[1:]
+    assert dqtrain("status", run.path).splitlines()[0].endswith("; 2 successors of 2 left")
+    cluster.run("scancel", jobs[0])
+    assert dqtrain("status", run.path).splitlines()[0].endswith("; 1 successor of 2 left")
+    assert f"has a job already: {jobs[1]}, pending." in dqtrain(*arguments(files), code=2)
+    assert dqtrain("stop", run.path) == f"job {jobs[1]} has left the queue. `dqtrain resume {run.path}` goes on.\n"
+    assert [facts(cluster, job)["JobState"] for job in jobs] == ["CANCELLED"] * 3
 
 
 def test_what_slurm_refuses_is_said_and_can_be_mended(cluster: Cluster, dqtrain: Callable[..., str], files: Path) -> None:
