@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from dqtrain.errors import ConfigError, UserError
 from dqtrain.rundir import RunDir, json_lines
-from launch import slurm
+from launch import side, slurm
 from launch.submit import Launch, living_owner, load_launch, newest_job, read_excluded
 
 TAIL_BYTES = 1 << 16
@@ -163,6 +163,7 @@ def status(path: Path) -> str:
         if spent.wall:
             shares = ", ".join(f"{name} {clock(value)} ({value / spent.wall:.0%})" for name, value in parts.items())
             lines.append(("time", f"{clock(spent.wall)}, of which {spent.goodput:.0%} goodput, {shares}"))
+    lines += [("side", text) for text in side.lines(run)]
     if run.result.exists():
         return _text(lines)
     lines += [("avoids", f"{node} until {entry['until']}: {entry['why']}") for node, entry in read_excluded(run).items()]

@@ -30,7 +30,7 @@ distill: {task: 1.0}
 checkpoint: {every_steps: 2}
 """
 
-KEPT = "HOME,LANG,LC_ALL,LOGNAME,PATH,SHELL,TZ,USER"
+KEPT = "HF_HOME,HF_HUB_CACHE,HOME,LANG,LC_ALL,LOGNAME,PATH,SHELL,TZ,USER,XDG_CACHE_HOME"
 
 
 @pytest.fixture
