@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from dqtrain import checkpoint
+from dqtrain import checkpoint, hub
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import Data, RunConfig, check_ranks
 from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
@@ -247,7 +247,7 @@ def tokenizer_directory(config: RunConfig, run: RunDir) -> Path:
     if config.data.train_tokenizer is not None:
         return run.tokenizer
     if config.data.tokenizer is not None:
-        return config.data.tokenizer
+        return hub.directory(config.data.tokenizer)
     if config.student.init_from is not None:
         return start_directory(config.student.init_from)
     assert config.teacher is not None, "config.py asks for a tokenizer where there is no model to take it from"
@@ -301,7 +301,7 @@ def student_model(config: RunConfig, vocab_size: int, eos_token_id: int, world: 
 
     Of a run that `goes_on` the checkpoint knows the learned scales, so that they are not searched.
     """
-    source = config.student.init_from
+    source = config.student.init_from and hub.directory(config.student.init_from)
     learned: set[str] = set()
     if config.student.architecture is not None:
         new = new_model(config.student.architecture, vocab_size, eos_token_id, config.run.seed)

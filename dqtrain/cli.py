@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dqtrain import hub
 from dqtrain.config import BITS_OF_GRID, RunConfig, check_ranks, load_config
 from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, Stopped, UserError
 from dqtrain.files import DISK_ERRORS
@@ -18,6 +19,7 @@ from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.signals import stop_at_once, withdraw
 from launch import status
 from launch.local import run_ranks
+from launch.side import submit_side
 from launch.site import load_site
 from launch.submit import load_launch, new_launch, refuse_live_job, submit
 from launch.sweep import Point, load_sweep, points, submit_sweep
@@ -62,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help + ".", epilog=f"example:\n  {example}", formatter_class=raw)
+
+    def side_job(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--site", type=Path, metavar="YAML", help="as a Slurm job on one node, of which `dqtrain status` of the run tells (default: here)")
+        command.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of the job (default: the site's)")
 
     train = command(
         "train", "train from a config, or continue the run it names", "dqtrain train configs/causal.yaml teacher.path=DIR data.train=a.jsonl --ranks 2"
@@ -112,8 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     prepare = command("prepare", "make the tokenizer and the token shards of a config (train does it too)", "dqtrain prepare configs/quickstart-teacher.yaml")
     prepare.add_argument("config", type=Path, help="YAML file")
     prepare.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
-    evaluate = command("eval", "loss and perplexity of a run, a model directory or an artifact", "dqtrain eval MODEL --data test.jsonl")
-    evaluate.add_argument("model", type=Path, help="run directory, Hugging Face directory or packed artifact")
+    side_job(prepare)
+    evaluate = command(
+        "eval",
+        "loss and perplexity of runs, model directories or artifacts, one line of JSON each; with --site of runs, as a Slurm array",
+        "dqtrain eval MODEL --data test.jsonl\n  dqtrain eval runs/sweep/* --split test --site slurm/sites/example.yaml --time 1:00:00",
+    )
+    evaluate.add_argument(
+        "models", nargs="+", type=Path, metavar="MODEL", help="run directory, Hugging Face directory or hub id hf:NAME@COMMIT, or packed artifact"
+    )
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation", help="split of the run's data (default validation)")
     evaluate.add_argument(
         "--data", nargs="+", help="corpus files, or builtin:python-stdlib; needed when MODEL is not a run (their token shards are kept in ~/.cache/dqtrain)"
@@ -122,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=Path, metavar="YAML", help="take the data and eval blocks of this config; needed for an encoder-decoder that is not a run"
     )
     evaluate.add_argument("--tokens-per-sample", type=_positive, help="tokens per sample (default: the run's, or the model's longest up to 1024)")
+    side_job(evaluate)
     cache = command(
         "cache-teacher",
         "store what the teacher says about every training sample, once, for a config whose teacher.source is hidden, sampled or top_k",
@@ -129,13 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     cache.add_argument("config", type=Path, help="YAML file")
     cache.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
-    cache.add_argument("--ranks", type=int, help="processes to start here (default 1)")
+    cache.add_argument("--ranks", type=int, help="processes to start here (default 1); in a job they are the site's ranks_per_node")
+    side_job(cache)
     write = command(
         "synthesize",
         "let the teacher write a training corpus, where there is no data (LLM-QAT's scheme); goes on where it was interrupted",
         "dqtrain synthesize TEACHER corpus.jsonl --documents 10000 --tokens 512",
     )
-    write.add_argument("teacher", type=Path, help="causal Hugging Face directory, or finished unquantized run")
+    write.add_argument("teacher", type=Path, help="causal Hugging Face directory or hub id hf:NAME@COMMIT, or finished unquantized run")
     write.add_argument("out", type=Path, help=".jsonl file")
     write.add_argument("--documents", type=_positive, required=True, help="documents to write")
     write.add_argument("--tokens", type=_positive, default=512, help="longest document (default 512)")
@@ -150,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         "  dqtrain inspect MODEL --config configs/causal.yaml --json                  the quant block of a config\n"
         "  dqtrain inspect runs/mine                                                  a quantized run as it was trained",
     )
-    inspect.add_argument("model", type=Path, help="Hugging Face directory (a config.json alone gives coverage and bytes) or finished run")
+    inspect.add_argument(
+        "model", type=Path, help="Hugging Face directory (a config.json alone gives coverage and bytes), hub id hf:NAME@COMMIT, or finished run"
+    )
     how = inspect.add_mutually_exclusive_group()
     how.add_argument("--quant", metavar="W-E-A", help="bits of linears, word embeddings and activations: 1, ternary, 2, 3, 4, 8; 32 is float")
     how.add_argument("--config", type=Path, metavar="YAML", help="take the quant block of this config instead")
@@ -173,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument("--json", action="store_true", help="print the same figures as one JSON object, in bytes and seconds")
     export = command("export", "write and verify the artifact of a finished run again", "dqtrain export runs/mine")
     export.add_argument("run", type=Path, help="run directory")
+    side_job(export)
     weights = command(
         "weights",
         "take the whole latent weights out of a checkpoint, as a Hugging Face directory; needs no GPU, and memory for one tensor",
@@ -191,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk)",
     )
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
-    generate.add_argument("model", type=Path, help="packed artifact or Hugging Face directory")
+    generate.add_argument("model", type=Path, help="packed artifact, Hugging Face directory or hub id hf:NAME@COMMIT")
     generate.add_argument("prompt", help="text to go on from; for an encoder-decoder the source, in the template of its training")
     generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
     quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
@@ -201,17 +219,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _fetch(config: RunConfig, weights: bool = True) -> None:
+    """Download what the config names by hub ids, unless it is there."""
+    for path in (config.teacher.path if config.teacher else None, config.student.init_from):
+        if path is not None:
+            hub.fetch(path, weights)
+    if config.data.tokenizer is not None:
+        hub.fetch(config.data.tokenizer, weights=False)
+
+
 def _check_paths(config: RunConfig) -> None:
-    """Refuse what a look at the file system shows, before torch is imported and ranks are started."""
+    """Refuse what a look at the file system shows, before torch is imported and ranks are started; fetch what is on the hub."""
+    _fetch(config)
     folders = [model_directory(config.teacher.path)] if config.teacher else []
     folders += [start_directory(config.student.init_from)] if config.student.init_from else []
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder}: no config.json there. Give a Hugging Face model directory, or a finished run.")
     for source in (config.data.train, config.data.validation, config.data.test):
-        for name in (source,) if isinstance(source, str) else source or ():
-            if not name.startswith("builtin:") and not Path(name).is_file():
-                raise ConfigError(f"data: {name} is not a file. Give corpus files (.txt, .jsonl, .csv), builtin:python-stdlib or builtin:python-docstrings.")
+        _check_corpora((source,) if isinstance(source, str) else source or ())
+
+
+def _check_corpora(names: Sequence[str]) -> None:
+    for name in names:
+        if not name.startswith("builtin:") and not Path(name).is_file():
+            raise ConfigError(f"data: {name} is not a file. Give corpus files (.txt, .jsonl, .csv), builtin:python-stdlib or builtin:python-docstrings.")
 
 
 def train(config: RunConfig, ranks: int | None = None) -> int:
@@ -252,11 +284,55 @@ def sweep_here(found: Sequence[Point], ranks: int, dry_run: bool) -> int:
     return next((code for code in codes if code), 0)
 
 
-def cache_teacher(config: RunConfig, ranks: int | None = None) -> int:
-    """Store the teacher's words with `ranks` processes on this machine; the exit code."""
+def _refuse_nothing_to_store(config: RunConfig) -> None:
     if config.teacher is None or config.teacher.source == "online":
         what = "teacher is null" if config.teacher is None else "teacher.source is online"
         raise ConfigError(f"{what}, so that there is nothing to store. Set teacher.source to hidden, sampled or top_k.")
+
+
+def _submit_side(args: argparse.Namespace) -> str:
+    """Check a command and queue it as a side job: what to tell the user."""
+    launch = new_launch(load_site(args.site), (1, 1), args.time)
+    if args.command in ("prepare", "cache-teacher"):
+        config = load_config(args.config, args.overrides)
+        run = RunDir(config.run.dir.absolute())
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run.path})})
+        options = []
+        if args.command == "cache-teacher":
+            _refuse_nothing_to_store(config)
+            if args.ranks is not None:
+                raise ConfigError("--ranks is for this machine; the ranks of a job are those of the site file, ranks_per_node. Leave it out.")
+            run.refuse_if_owned()
+            options = ["--ranks", str(launch.site.ranks)]
+        _check_paths(config)
+        return submit_side(args.command, options, [run], launch, config)
+    runs = [RunDir(path.absolute()) for path in dict.fromkeys([args.run] if args.command == "export" else args.models)]
+    for run in runs:
+        if not run.config.is_file():
+            raise ConfigError(f"{run.path} is no run, in whose directory a job could leave its output. Name runs, or leave out --site.")
+        run.load_result()
+    return submit_side(args.command, _eval_options(args, runs) if args.command == "eval" else [], runs, launch)
+
+
+def _eval_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[str]:
+    """The options of `dqtrain eval` as they were given, for a job in this folder. Raises ConfigError for those that name nothing to read."""
+    given = [
+        word
+        for name in ("split", "config", "tokens_per_sample")
+        if (value := getattr(args, name)) is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    like = load_config(args.config) if args.config else None
+    for run in runs:
+        if not args.data and not getattr((like or run.load_config()).data, args.split):
+            raise ConfigError(f"{run.path}: nothing says what to evaluate on; give --data FILE, or a run whose config has data.{args.split}.")
+    _check_corpora(args.data or ())
+    return given + (["--data", *args.data] if args.data else [])
+
+
+def cache_teacher(config: RunConfig, ranks: int | None = None) -> int:
+    """Store the teacher's words with `ranks` processes on this machine; the exit code."""
+    _refuse_nothing_to_store(config)
     if "RANK" in os.environ:
         stop_at_once()
         from dqtrain.rank import run_rank
@@ -352,6 +428,11 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "stop":
         print(status.stop(args.run))
         return 0
+    if getattr(args, "time", None) is not None and args.site is None:
+        raise ConfigError("--time is for jobs. Leave it out, or give --site.")
+    if args.command in ("prepare", "eval", "cache-teacher", "export") and args.site is not None:
+        print(_submit_side(args))
+        return 0
     if args.command == "prepare":
         from dqtrain.build import prepare_data
 
@@ -367,19 +448,22 @@ def _main(argv: Sequence[str] | None) -> int:
 
         return quickstart(train, args.seed, args.ablate, args.seq2seq)
     if args.command == "eval":
-        return _evaluate(args.model, args.split, args.data, args.tokens_per_sample, args.config)
+        for path in args.models:
+            scores = _evaluate(hub.fetch(path), args.split, args.data, args.tokens_per_sample, args.config)
+            print(json.dumps({"model": str(path), **scores} if len(args.models) > 1 else scores), flush=True)
+        return 0
     if args.command == "cache-teacher":
         return cache_teacher(load_config(args.config, args.overrides), args.ranks)
     if args.command == "synthesize":
         from dqtrain.metrics import Phase
         from dqtrain.synthesize import synthesize
 
-        synthesize(model_directory(args.teacher), args.out, args.documents, args.tokens, args.seed, args.batch, Phase(f"writing {args.out}"))
+        synthesize(model_directory(hub.fetch(args.teacher)), args.out, args.documents, args.tokens, args.seed, args.batch, Phase(f"writing {args.out}"))
         return 0
     if args.command == "inspect":
         from dqtrain.inspect import inspect
 
-        return inspect(args.model, args.quant, args.config, args.grid, args.group_size, args.json)
+        return inspect(hub.fetch(args.model), args.quant, args.config, args.grid, args.group_size, args.json)
     if args.command == "bench":
         print(importlib.import_module(f"dqtrain.bench.{args.what}").run())
         return 0
@@ -395,7 +479,7 @@ def _main(argv: Sequence[str] | None) -> int:
         result = export(run, chosen_checkpoint(run))
         print(json.dumps(result, indent=1))
         return 0
-    return _generate(args.model, args.prompt, args.tokens)
+    return _generate(hub.fetch(args.model), args.prompt, args.tokens)
 
 
 def _weights(run: RunDir, out: Path, step: int | None, dtype: str) -> int:
@@ -418,8 +502,8 @@ def _weights(run: RunDir, out: Path, step: int | None, dtype: str) -> int:
     return 0
 
 
-def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sample: int | None, like: Path | None) -> int:
-    """Score a run's chosen checkpoint, a model directory or an artifact; prints one JSON object."""
+def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sample: int | None, like: Path | None) -> dict[str, float]:
+    """Scores of a run's chosen checkpoint, a model directory or an artifact."""
     from dqtrain.artifact.load import input_device, load_spread
     from dqtrain.build import evaluation_stream, writing_of
     from dqtrain.data.prepare import load_tokenizer
@@ -430,6 +514,8 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
     world = init_world()
     run = RunDir(path)
     config = load_config(like) if like else run.load_config() if run.config.is_file() else None
+    if config is not None and run.config.is_file():
+        _fetch(config, weights=False)  # the tokenizer may be there
     model = load_spread(path)
     world = replace(world, device=input_device(model))
     stream = evaluation_stream(path, model, split, data, tokens_per_sample, config)
@@ -440,13 +526,13 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
         writing = replace(writing, precision="fp32", micro_batch=8)  # as the loss
         writing.corpora[split] = tuple(data) if data else getattr(config.data, split)
         scores |= writing.scores(model, split)
-    print(json.dumps(scores))
-    return 0
+    return scores
 
 
 def _plan(config: RunConfig, nodes: int, gpus: int, gpu: str, as_json: bool) -> int:
     """Print a plan; raises ConfigError for one that does not fit, or that has fewer micro-batches than ranks."""
     check_ranks(config.train, nodes * gpus)
+    _fetch(config, weights=False)  # the rest is arithmetic
     asked = plan(config, nodes, gpus, gpu)
     best, fitting = fastest(asked), None if asked.fits else cheapest(asked)
     if as_json:

@@ -33,7 +33,7 @@ class Run(Block):
 
 class Teacher(Block):
     path: Path
-    """A Hugging Face directory of a causal or encoder-decoder model, or a finished unquantized run of dqtrain."""
+    """A Hugging Face directory of a causal or encoder-decoder model, a hub id `hf:NAME@COMMIT`, or a finished unquantized run of dqtrain."""
     source: Literal["online", "hidden", "sampled", "top_k"] = "online"
     """Its word comes from the model beside the student, or from what `dqtrain cache-teacher` stored: last hidden states, sampled ids (unbiased) or the likeliest ids (biased)."""
     draws: int = Field(50, ge=1, le=4096)
@@ -48,7 +48,7 @@ class Student(Block):
     architecture: dict[str, Any] | None = None
     """Keys of a Hugging Face model config, `model_type` among them: a new model with random weights (no teacher, no `init_from`)."""
     init_from: Path | None = None
-    """A Hugging Face directory or a finished run whose weights (and scales) start the student; null: the teacher's weights."""
+    """A Hugging Face directory, a hub id `hf:NAME@COMMIT` or a finished run whose weights (and scales) start the student; null: the teacher's weights."""
     encoder_layers: int | tuple[int, ...] | None = None
     """Encoder layers that the student keeps: their number (DQ-BART's maps of 6 layers, else spaced as far as they go), or which ones, from 0; null: all."""
     decoder_layers: int | tuple[int, ...] | None = None
@@ -97,7 +97,7 @@ class Data(Block):
     text_field: str = "text"
     """Field of a jsonl line that holds the text."""
     tokenizer: Path | None = None
-    """A tokenizer directory; null: the one beside the teacher or `student.init_from`."""
+    """A tokenizer directory, or a hub id `hf:NAME@COMMIT`; null: the one beside the teacher or `student.init_from`."""
     train_tokenizer: TrainTokenizer | None = None
     """Train a tokenizer instead, into the run directory."""
     tokens_per_sample: int | None = Field(None, ge=2, le=2**20)

@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dqtrain import hub
 from dqtrain.config import RunConfig, WeightQuant
 from dqtrain.errors import ConfigError
 from dqtrain.rundir import model_directory, start_directory
@@ -495,7 +496,7 @@ def _vocabulary(config: RunConfig) -> int | None:
     """Entries of the tokenizer of a new model; None if it cannot be told."""
     if config.data.train_tokenizer is not None:
         return config.data.train_tokenizer.vocab_size
-    file = (config.data.tokenizer or Path()) / "tokenizer.json"
+    file = (hub.directory(config.data.tokenizer) if config.data.tokenizer else Path()) / "tokenizer.json"
     try:
         read = json.loads(file.read_text())
         vocabulary = read["model"]["vocab"]

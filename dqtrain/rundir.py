@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from dqtrain import hub
 from dqtrain.config import PASSIVE, RunConfig, differences, dump_config, load_config
 from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError
 from dqtrain.files import sync_path, write_aside, write_text
@@ -33,7 +34,9 @@ LOG_END_BYTES = 1 << 16
 ENDED_JOB = "DQTRAIN_ENDED_JOB"
 """Variable with the id of a Slurm job that has ended, as its supervisor's successor was told by Slurm: an owner in it is dead whatever its heartbeat."""
 
-_BEFORE_CONFIG = re.compile(r"owner\.json|events\.jsonl|exits|shards|tokenizer|launch\.json|code|environment\.json|excluded\.json|rank-\d+\.log|slurm.*|\..*")
+_BEFORE_CONFIG = re.compile(
+    r"owner\.json|events\.jsonl|exits|shards|tokenizer|launch\.json|code|environment\.json|excluded\.json|side|rank-\d+\.log|slurm.*|\..*"
+)
 """Names that a run may hold before its run.yaml: what an owner, a launcher or `dqtrain prepare` leaves, and temporary files."""
 
 
@@ -153,6 +156,11 @@ class RunDir:
     def excluded(self) -> Path:
         """Nodes that failed the run: {node: {"until": UTC, "why": text}}."""
         return self.path / "excluded.json"
+
+    @property
+    def side(self) -> Path:
+        """Folder of the side jobs: what was asked, what they printed, how they ended."""
+        return self.path / "side"
 
     @property
     def stop(self) -> Path:
@@ -458,7 +466,8 @@ def _read_owner(path: Path) -> dict[str, Any] | None:
 
 
 def model_directory(path: Path) -> Path:
-    """A Hugging Face directory as it is; for a run, the one it exported. Raises CheckpointError or ConfigError when the run has none."""
+    """A Hugging Face directory as it is, or that of a hub id; for a run, the one it exported. Raises CheckpointError or ConfigError when there is none."""
+    path = hub.directory(path)
     run = RunDir(path)
     if not run.config.is_file():
         return path
@@ -472,8 +481,9 @@ def model_directory(path: Path) -> Path:
 def start_directory(path: Path) -> Path:
     """Where config and tokenizer of `student.init_from` are: a Hugging Face directory itself; for a finished run, quantized or not, its student's.
 
-    Raises CheckpointError for an unfinished run.
+    Raises CheckpointError for an unfinished run, ConfigError for a hub id that was not fetched.
     """
+    path = hub.directory(path)
     run = RunDir(path)
     if not run.config.is_file():
         return path

@@ -60,7 +60,7 @@ def run_ranks(command: Sequence[str], ranks: int, run: RunDir, env: Mapping[str,
         base |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in range(ranks):
             output = stack.enter_context(run.rank_log(rank).open("ab")) if rank > 0 else None
-            processes.append(_start(command, {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
+            processes.append(start(command, {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
         codes = _wait(processes, received, run, started_ns)
     cause = run.first_exit(started_ns) if any(codes) else None
     if cause is None:
@@ -98,7 +98,8 @@ def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int], run: R
         time.sleep(_POLL_S)
 
 
-def _start(command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | None) -> subprocess.Popen:
+def start(command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | None = None) -> subprocess.Popen:
+    """A process in a session of its own that gets SIGTERM when this one dies. It prints to `output`, None: as this one. Raises ConfigError when it cannot be started."""
     launcher = os.getpid()
 
     def follow_launcher() -> None:

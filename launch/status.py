@@ -15,7 +15,7 @@ from typing import Any, Literal
 from dqtrain.errors import ConfigError, UserError
 from dqtrain.rundir import RunDir, json_lines
 from dqtrain.signals import withdraw
-from launch import slurm
+from launch import side, slurm
 from launch.submit import Launch, living_owner, load_launch, newest_job, read_excluded
 
 FOLLOWED_BYTES = 1 << 12
@@ -195,6 +195,7 @@ def status(path: Path) -> str:
             again = steps_repeated(events)
             shares += f", {again} step{'' if again == 1 else 's'} made again" if again else ""
             lines.append(("time", f"{clock(spent.wall)}, of which {spent.goodput:.0%} goodput, {shares}"))
+    lines += [("side", text) for text in side.lines(run)]
     if run.result.exists():
         return _text(lines)
     lines += [("avoids", f"{node} {entry}") for node, entry in read_excluded(run).items()]

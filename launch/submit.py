@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path("launch/train.sbatch")
 """The batch script, from ROOT."""
 
-KEPT_VARIABLES = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TZ", "USER")
+KEPT_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TZ", "USER", "XDG_CACHE_HOME")
 """Of the shell's environment, what a job takes over, with the site's `keep_environment`."""
 
 
@@ -242,7 +242,7 @@ _NEXT = {"status": "what it does", "logs -f": "what it prints", "stop": "save, t
 
 def check(config: RunConfig, launch: Launch, run: RunDir) -> RunConfig:
     """The config with the run's own path, if it can run so. Raises ConfigError; nothing is touched, and Slurm is not asked."""
-    _check_name(run.path)
+    check_name(run.path)
     if launch.site.container is not None:
         _check_container(launch.site.container, (run.path, launch.folder))
     check_ranks(config.train, launch.ranks)
@@ -314,8 +314,8 @@ def refuse_live_job(launch: Launch, run: RunDir) -> None:
         raise ConfigError(f"{run.path} has a job already: {job.id}, {job.state.lower()}. `dqtrain stop {run.path}` ends it; then submit again.")
 
 
-def _check_name(path: Path) -> None:
-    """A run's path becomes part of sbatch's --output and of PYTHONPATH."""
+def check_name(path: Path) -> None:
+    """Raise ConfigError for a path that cannot become part of sbatch's --output and of PYTHONPATH, as a run's does."""
     strange = sorted(set("%\\:\n") & set(str(path)))
     if strange:
         raise ConfigError(f"run.dir: {path} holds {' and '.join(map(repr, strange))}, which Slurm or Python reads as something else. Use another run.dir.")

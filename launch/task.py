@@ -17,6 +17,7 @@ def main(path: Path) -> None:
 
         run, rank = RunDir(path), int(os.environ["SLURM_PROCID"])
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": os.environ["SLURM_LOCALID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"]}
+        os.environ["HF_HUB_OFFLINE"] = "1"  # what a run needs was fetched when it was submitted
         if rank > 0:
             log = os.open(run.rank_log(rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             for stream in (1, 2):

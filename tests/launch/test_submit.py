@@ -19,6 +19,8 @@ from dqtrain.rundir import RunDir
 from launch.site import Site, load_site
 from launch.submit import ROOT, SCRIPT, Launch, load_launch, read_excluded, save_launch
 
+KEPT = "HF_HOME,HF_HUB_CACHE,HOME,LANG,LC_ALL,LOGNAME,PATH,SHELL,TZ,USER,XDG_CACHE_HOME"
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
