@@ -5,11 +5,12 @@ Accounting is not needed. Where Slurm does not answer, what the files say is sho
 
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from dqtrain.errors import ConfigError, UserError
@@ -122,14 +123,34 @@ def time_spent(events: Sequence[dict[str, Any]], now: datetime, what: Now) -> Ti
 
 def data_waited(log: Iterable[dict[str, Any]], resumed: Collection[int]) -> float:
     """Seconds that steps waited for data: the sum over log lines of `data_wait`, a share of the time since the line before, or since the start, which `resumed` at a step."""
-    seconds, last = 0.0, 0
+    return sum(line.get("data_wait", 0.0) * seconds for line, _, seconds in _intervals(log, resumed))
+
+
+def validation_s(log: Iterable[dict[str, Any]], resumed: Collection[int]) -> float | None:
+    """About how long the last validation took: what the steps around it took longer than others usually do. None where the log does not tell."""
+    lines, usual, around, validated = list(log), [], None, -1
+    spans = {id(line): (steps, seconds) for line, steps, seconds in _intervals(lines, resumed)}
+    for line in lines:
+        if "validation_loss" in line:
+            validated = line["step"]
+        elif id(line) in spans:
+            steps, seconds = spans[id(line)]
+            begin = line["step"] - steps
+            if validated > begin or validated == begin and begin not in resumed:
+                around = steps, seconds
+            else:
+                usual.append(seconds / max(steps, 1))
+    return max(0.0, around[1] - around[0] * median(usual)) if around is not None and usual else None
+
+
+def _intervals(log: Iterable[dict[str, Any]], resumed: Collection[int]) -> Iterator[tuple[dict[str, Any], int, float]]:
+    """(line, steps, seconds) of each line of steps: since the line before, or since the start, which `resumed` at a step."""
+    last = 0
     for line in log:
         if "tokens_per_s" in line:
             steps = line["step"] - max(last, max((step for step in resumed if step < line["step"]), default=0))
-            # tokens_per_s is steps per second, times the tokens of a step.
-            seconds += line.get("data_wait", 0.0) * steps * line["tokens"] / line["step"] / line["tokens_per_s"]
+            yield line, steps, steps * line["tokens"] / line["step"] / line["tokens_per_s"]  # tokens_per_s is steps per second, times the tokens of a step
             last = line["step"]
-    return seconds
 
 
 def steps_repeated(events: Iterable[dict[str, Any]]) -> int:
@@ -178,6 +199,15 @@ def status(path: Path) -> str:
         # Before a time limit or a preemption, a step and a save must fit into the grace.
         if launch is not None and saves[-1]["stall_s"] + saves[-1]["write_s"] > launch.site.grace_s:
             lines.append((" ", f"a save takes longer than grace_s, {launch.site.grace_s} s; raise it in the site file and submit again, or steps will be lost"))
+    resumed = {event["step"] for event in events if event["event"] == "resume"}
+    validating = validation_s(logged, resumed)
+    if launch is not None and validating is not None and validating > launch.site.grace_s:
+        lines.append(
+            (
+                " ",
+                f"a validation takes about {clock(validating)}, longer than grace_s, {launch.site.grace_s} s: a time limit that comes in one costs the steps before it",
+            )
+        )
     restarts = _restarts(events)
     if restarts:
         lines.append(("restarts", f"{len(restarts)}: {'...; ' * (len(restarts) > 3)}{'; '.join(restarts[-3:])}"))
@@ -186,7 +216,6 @@ def status(path: Path) -> str:
         knows_data = "data_wait" in (trained or {})
         if knows_data:
             with run.log.open(errors="replace") as file:
-                resumed = {event["step"] for event in events if event["event"] == "resume"}
                 spent.data = min(spent.steps, data_waited((line for text in file for line in json_lines(text)), resumed))
             spent.steps -= spent.data
         parts = {name: getattr(spent, name) for name in ("queue", "start", "data", "save", "rework") if name != "data" or knows_data}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dqtrain.cli import main
 from dqtrain.rundir import RunDir
-from launch.status import TimeSpent, clock, data_waited, steps_repeated, time_spent
+from launch.status import TimeSpent, clock, data_waited, steps_repeated, time_spent, validation_s
 from launch.submit import ROOT, Launch, load_launch, save_launch
 
 BEGIN = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
@@ -117,6 +117,21 @@ def test_seconds_that_steps_waited_for_data() -> None:
     log = [line(10, 2.0, 0.1), line(20, 0.5, 0.5), {"step": 20, "validation_loss": 3.0}, line(30, 5.0, 0.2), {"step": 40, "tokens": 4000, "tokens_per_s": 1.0}]
     assert data_waited(log, {25}) == pytest.approx(0.5 + 10 + 0.2)
     assert data_waited(log[:1], {0, 10}) == pytest.approx(0.5) and data_waited([], {5}) == 0
+
+
+def test_how_long_a_validation_takes() -> None:
+    def line(step: int, seconds: float, steps: int = 10) -> dict[str, float]:
+        return {"step": step, "tokens": step * 100, "tokens_per_s": steps * 100 / seconds}
+
+    def validated(step: int) -> dict[str, float]:
+        return {"step": step, "validation_loss": 3.0}
+
+    # 10 steps take 5 s; a validation between two lines and one behind a line 300 s and 40 s more; the last is not known yet.
+    log = [line(10, 5.0), validated(15), line(20, 305.0), line(30, 5.0), validated(30), line(40, 45.0), line(50, 6.0), validated(50)]
+    assert validation_s(log[:3], set()) == pytest.approx(300) and validation_s(log, set()) == pytest.approx(40)
+    assert validation_s(log[1:3], set()) is None and validation_s(log[:1], set()) is None
+    for resumed in (20, 25):  # in the start before
+        assert validation_s([line(10, 5.0), validated(20), line(30, 22.5, steps=30 - resumed)], {resumed}) is None
 
 
 @pytest.mark.parametrize(
@@ -262,6 +277,8 @@ def test_restarts_nodes_and_a_slow_save(run: RunDir, capsys: pytest.CaptureFixtu
     ]
     lines += [(360, start), (400, "submit", {"job": "7"}), (420, start), (430, "checkpoint", save(10, 0.5, 2.0))]
     run.events.write_text("".join(json.dumps(event) + "\n" for event in events(*lines)))
+    log = [{"step": step, "tokens": step, "loss": 5.0, "tokens_per_s": 5 / seconds, "eta_s": 1.0} for step, seconds in ((5, 1.0), (10, 8.5))]
+    run.log.write_text("".join(json.dumps(line) + "\n" for line in (log[0], {"step": 5, "validation_loss": 4.0}, log[1])))
     run.excluded.write_text(json.dumps({"b": {"until": "2999-01-01T00:00:00+00:00", "why": "rank 3 hung"}}))
     text = "\n".join(shown(capsys, run.path))
     assert (
@@ -269,6 +286,7 @@ def test_restarts_nodes_and_a_slow_save(run: RunDir, capsys: pytest.CaptureFixtu
     ) in text
     assert "\n  avoids     b until 2999-01-01T00:00:00+00:00: rank 3 hung" in text
     assert "\n             a save takes longer than grace_s, 2 s; raise it in the site file" in text
+    assert "\n             a validation takes about 0:00:08, longer than grace_s, 2 s: a time limit that comes in one costs the steps before it" in text
 
 
 def test_all_runs_of_the_folder(run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
