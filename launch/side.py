@@ -24,7 +24,7 @@ from dqtrain.rundir import RunDir
 from launch import slurm
 from launch.local import start
 from launch.site import Site
-from launch.submit import ROOT, Launch, batch_flags, check_name, read_excluded
+from launch.submit import ROOT, Launch, batch_flags, check_container, check_name, read_excluded
 
 TAIL_BYTES = 1 << 14
 """What is read of the end of what a job printed."""
@@ -127,6 +127,8 @@ def submit_side(verb: Verb, options: Sequence[str], runs: Sequence[RunDir], laun
     words = (verb, *options)
     for run in runs:
         check_name(run.path)
+        if launch.site.container is not None:
+            check_container(launch.site.container, (run.path, launch.folder, ROOT))
         if config is not None:
             run.check_claim(config)
         for job in side_jobs(run):
@@ -143,9 +145,7 @@ def submit_side(verb: Verb, options: Sequence[str], runs: Sequence[RunDir], laun
     from launch.array import Array
 
     array = Array(runs[0].side / ".array", flags, launch.site.modules, launch.python)
-    variables = [f"{name}={value}" for name, value in _variables(launch.site, verb).items()]
-    prefix = ["/usr/bin/env", *variables, str(launch.python), "-m", "launch.side"]
-    jobs = array.submit([[*prefix, str(run.side), verb, str(_target(verb, run)), *options] for run in runs])
+    jobs = array.submit([[*_python(launch, verb, run), "-m", "launch.side", str(run.side), verb, str(_target(verb, run)), *options] for run in runs])
     for run, (number, log) in zip(runs, jobs, strict=True):
         queued = SideJob(run, words, number, datetime.now(UTC).isoformat(timespec="milliseconds"))
         queued.out.unlink(missing_ok=True)
@@ -164,6 +164,16 @@ def submit_side(verb: Verb, options: Sequence[str], runs: Sequence[RunDir], laun
 
 def _target(verb: Verb, run: RunDir) -> Path:
     return run.config if verb in ("prepare", "cache-teacher") else run.path
+
+
+def _python(launch: Launch, verb: Verb, run: RunDir) -> list[str]:
+    """What the batch process of a side job becomes, up to Python's own arguments."""
+    container, variables = launch.site.container, _variables(launch.site, verb)
+    if container is None:
+        return ["/usr/bin/env", *(f"{name}={value}" for name, value in variables.items()), str(launch.python)]
+    places = [ROOT, run.path, *([launch.site.scratch] if launch.site.scratch else [])]
+    words = container.words(launch.folder, places, variables, launch.site.gpus_per_node > 0)
+    return ["/usr/bin/env", *(["srun", "--ntasks=1"] if container.kind == "pyxis" else []), *words]
 
 
 def _variables(site: Site, verb: Verb) -> dict[str, str]:

@@ -244,7 +244,7 @@ def check(config: RunConfig, launch: Launch, run: RunDir) -> RunConfig:
     """The config with the run's own path, if it can run so. Raises ConfigError; nothing is touched, and Slurm is not asked."""
     check_name(run.path)
     if launch.site.container is not None:
-        _check_container(launch.site.container, (run.path, launch.folder))
+        check_container(launch.site.container, (run.path, launch.folder))
     check_ranks(config.train, launch.ranks)
     if launch.site.gpu is not None:
         asked = plan(config, launch.min_nodes, launch.site.ranks, launch.site.gpu)
@@ -321,8 +321,8 @@ def check_name(path: Path) -> None:
         raise ConfigError(f"run.dir: {path} holds {' and '.join(map(repr, strange))}, which Slurm or Python reads as something else. Use another run.dir.")
 
 
-def _check_container(container: Container, places: Sequence[Path]) -> None:
-    """The image must be there, and the places must be ones that can be mounted."""
+def check_container(container: Container, places: Sequence[Path]) -> None:
+    """Raise ConfigError unless the image is there, and the places are ones that can be mounted."""
     if container.file is not None and not container.file.exists():
         raise ConfigError(f"container.image: {container.file} is not there. Give an image on a disk that this machine and all nodes share.")
     for place in places:

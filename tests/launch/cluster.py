@@ -261,3 +261,26 @@ def write_files(folder: Path, site: str) -> Path:
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """What a command that touches nothing leaves equal."""
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+APPTAINER = """\
+#!/bin/bash
+# What `apptainer exec --bind=SOURCE:PLACE,... IMAGE COMMAND...` must be given, and no more: the command sees this machine.
+[[ $1 == exec && $2 == --bind=* && -f $3 ]] || exit 99
+IFS=, read -ra mounts <<<"${2#--bind=}"
+for mount in "${mounts[@]}"; do [[ -e ${mount%%:*} ]] || exit 98; done
+export APPTAINER_CONTAINER=$3 PYTHONPATH=/an/image/may/set/this
+echo "in $3" >&2
+shift 3
+exec "$@"
+"""
+
+
+def container(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A site's container, with a stand-in for apptainer on the nodes' PATH."""
+    (folder / "bin").mkdir()
+    (folder / "bin/apptainer").write_text(APPTAINER)
+    (folder / "bin/apptainer").chmod(0o755)
+    (folder / "image.sif").touch()
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    return {"kind": "apptainer", "image": f"{folder}/image.sif", "python": sys.executable}

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, start_cluster, until
+from cluster import Cluster, container, start_cluster, until
 from conftest import config_text, write_corpus
 
 from dqtrain.cli import main
@@ -181,6 +181,16 @@ def kill(module: str, run: RunDir) -> None:
     assert {f"XDG_CACHE_HOME={run.path.parent}/cache", "HF_HUB_OFFLINE=1", "GLOO_SOCKET_IFNAME=eth0", "OMP_NUM_THREADS=1"} <= set(variables)
     assert "LEFT_BEHIND=1" not in variables
     os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_side_job_in_a_container(cluster: Cluster, dqtrain: Callable[..., str], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = json.dumps(container(files, monkeypatch))
+    (files / "site.yaml").write_text((files / "site.yaml").read_text() + f"container: {inside}\n")
+    run = RunDir(files / "run")
+    dqtrain("prepare", files / "config.yaml", "--site", files / "site.yaml")
+    until_said(dqtrain, run, "is done: ", SLOW_S)
+    assert f"\nin {files}/image.sif\n" in only_job(run).out.read_text()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import SLOW_S, Cluster, Job, running, until
+from cluster import SLOW_S, Cluster, Job, container, running, until
 from conftest import Run, config_text
 
 SITE = {"gpus_per_node": 0, "time": "0:30:00", "interface": "eth0", "grace_s": 60, "exclude_hours": 1, "max_restarts": 2}
@@ -214,26 +214,9 @@ def test_preemption(make_job, whole: Run, cluster: Cluster, tmp_path: Path) -> N
     assert [(event["job"], event["restart"]) for event in run.events("job_start")] == [(job, 0), (job, 1)]
 
 
-APPTAINER = """\
-#!/bin/bash
-# What `apptainer exec --bind=SOURCE:PLACE,... IMAGE COMMAND...` must be given, and no more: the command sees this machine.
-[[ $1 == exec && $2 == --bind=* && -f $3 ]] || exit 99
-IFS=, read -ra mounts <<<"${2#--bind=}"
-for mount in "${mounts[@]}"; do [[ -e ${mount%%:*} ]] || exit 98; done
-export APPTAINER_CONTAINER=$3 PYTHONPATH=/an/image/may/set/this
-shift 3
-exec "$@"
-"""
-
-
 @pytest.mark.slow
 def test_ranks_in_a_container(make_job, whole: Run, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/apptainer").write_text(APPTAINER)
-    (tmp_path / "bin/apptainer").chmod(0o755)
-    (tmp_path / "image.sif").touch()
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    run = make_job(site={"container": {"kind": "apptainer", "image": f"{tmp_path}/image.sif", "python": sys.executable}})
+    run = make_job(site={"container": container(tmp_path, monkeypatch)})
     job = run.submit()
     run.until_step(3)
     entry = f"APPTAINER_CONTAINER={tmp_path}/image.sif"
