@@ -6,7 +6,6 @@ Accounting is not needed. Where Slurm does not answer, what the files say is sho
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -335,12 +334,12 @@ def stop(path: Path) -> str:
         raise ConfigError(f"{run.path}: {headline}. There is nothing to stop.")
     run.stop.touch()  # first: should a job start at this moment, it finds the file
     run.event("stop_requested")
-    if launch is not None and launch.successors and problem is None:
-        with suppress(slurm.SlurmError):  # Slurm may have forgotten some
-            slurm.cancel(*reversed(launch.successors))
+    if launch is not None and job is not None and job.is_live:
+        jobs = (launch.job, *launch.successors)
+        waiting = [name for name in jobs[jobs.index(job.id) + (what == "runs") :] if name is not None]
+        if waiting:
+            slurm.cancel(*reversed(waiting))  # the last first, so that none is free to begin
     if what == "waits" and job is not None:
-        if launch is not None and job.id not in launch.successors:
-            slurm.cancel(job.id)
         withdraw(run.stop)
         return f"job {job.id} has left the queue. `dqtrain resume {run.path}` goes on."
     return f"asked {run.path} to save and end at its next step; `dqtrain status {run.path}` shows when it has. {f'({problem})' if problem else ''}".rstrip()
