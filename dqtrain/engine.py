@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -141,6 +141,9 @@ LIVE_ELEMENTS = 10**9
 PIECE_ELEMENTS = 5 * 10**7
 """Elements that are prefetched, reduced or updated (at stage 3) at a time: each takes a buffer, or AdamW's temporaries, of so many fp32 numbers."""
 
+DISK_PIECE_ELEMENTS = 10**7
+"""Elements that are updated at a time where they come from a disk: so many fp32 weights, gradients, moments and temporaries are in memory then, or those of one parameter."""
+
 
 def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int = LIVE_ELEMENTS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     offload = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
@@ -159,7 +162,7 @@ def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int =
             "stage": stage,
             "overlap_comm": False,
             "reduce_bucket_size": PIECE_ELEMENTS,
-            "sub_group_size": PIECE_ELEMENTS,
+            "sub_group_size": DISK_PIECE_ELEMENTS if zero.offload_optimizer == "nvme" else PIECE_ELEMENTS,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             # The prefetch is no ceiling, this is: without it nearly all of a model was seen live at once (measured).
             "stage3_max_live_parameters": live_elements,
@@ -463,13 +466,13 @@ class StudentEngine:
         """Give every flat buffer moments and a step count of its own, padding-only ones too, so that fragments can be written into."""
         state = self._optimizer.optimizer.state
         flats = self._optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self._optimizer.single_partition_of_fp32_groups
-        zeros: Callable[[Tensor], Tensor] = torch.zeros_like
+        moments: Iterable[tuple[Tensor, ...]] = ((torch.zeros_like(flat), torch.zeros_like(flat)) for flat in flats)
         if self._moments_on_disk is not None:
-            disk = self._moments_on_disk
-            disk.close()
-            zeros = lambda flat: disk.zeros(flat.numel())  # noqa: E731
-        for flat in flats:
-            state[flat] = {"step": torch.tensor(float(step_count)), "exp_avg": zeros(flat), "exp_avg_sq": zeros(flat)}
+            self._moments_on_disk.close()
+            sizes = [flat.numel() for flat in flats]
+            moments = zip(*(self._moments_on_disk.zeros(sum(sizes)).split(sizes) for _ in range(2)), strict=True)
+        for flat, (mean, square) in zip(flats, moments, strict=True):
+            state[flat] = {"step": torch.tensor(float(step_count)), "exp_avg": mean, "exp_avg_sq": square}
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -520,6 +523,7 @@ def _memory_from(weights: Disk | None, states: Disk | None) -> Iterator[None]:
     stage3 = sys.modules["deepspeed.runtime.zero.stage3"].DeepSpeedZeroOptimizer_Stage3
     names = ("_create_param_groups_fp16_flat_cpu_memory", "_create_momentum_buffer")
     usual = {name: getattr(stage3, name, None) for name in names}
+    masters: list[Tensor] = []
 
     def make_weights(self: Any) -> None:
         assert weights is not None
@@ -532,7 +536,9 @@ def _memory_from(weights: Disk | None, states: Disk | None) -> Iterator[None]:
         if _are_one(gathered, updated):
             updated.data = gathered.data
         elif states is not None:
-            updated.data = states.zeros(numel).copy_(updated)
+            if not masters:
+                masters.extend(states.zeros(sum(self.fp16_partitioned_groups_flat_numel)).split(self.fp16_partitioned_groups_flat_numel))
+            updated.data = masters[index].copy_(updated)
         for disk in (weights, states):
             if disk is not None:
                 disk.release()
