@@ -489,6 +489,10 @@ class _Pieces:
         self.folder, self.index = folder, Index.read(folder)
         self._files: dict[int, Any] = {}
 
+    def close(self) -> None:
+        """Take the pages of the files out of memory; they are opened again when they are needed."""
+        self._files.clear()
+
     def fill(self, name: str, key: str, start: int, out: Tensor) -> None:
         """Copy elements start .. start + len(out) of a flattened parameter's tensor into `out`."""
         filled = 0
@@ -522,7 +526,9 @@ def load(folder: Path, engine: StudentEngine) -> None:
     try:
         for fragment in engine.fragments():
             _fill_fragment(pieces, fragment)
-            engine.release()
+            if engine.on_disk:
+                pieces.close()
+                engine.release()
         for name, buffer in persistent_buffers(engine.module).items():
             if name not in saved or saved[name].shape != buffer.shape:
                 raise CheckpointError(f"{folder}: has no buffer {name} of shape {tuple(buffer.shape)}; it was written by another model.")

@@ -521,14 +521,19 @@ def _are_one(gathered: Tensor, updated: Tensor) -> bool:
 def _memory_from(weights: Disk | None, states: Disk | None) -> Iterator[None]:
     """Within it, DeepSpeed's stage 3 makes its partitions of weights and their masters in files, each sub-group as soon as it is there: never all in memory."""
     stage3 = sys.modules["deepspeed.runtime.zero.stage3"].DeepSpeedZeroOptimizer_Stage3
-    names = ("_create_param_groups_fp16_flat_cpu_memory", "_create_momentum_buffer")
-    usual = {name: getattr(stage3, name, None) for name in names}
+    names = ("_create_param_groups_fp16_flat_cpu_memory", "_create_momentum_buffer", "_move_to_flat_buffer")
+    usual: dict[str, Any] = {name: getattr(stage3, name, None) for name in names}
     masters: list[Tensor] = []
 
     def make_weights(self: Any) -> None:
         assert weights is not None
         for group in self.trainable_param_groups:
             self.param_groups_fp16_flat_cpu_memory.append(weights.zeros(sum(p.partition_numel() for p in group["params"])))
+
+    def fill_and_release(self: Any, *arguments: Any, **more: Any) -> None:
+        usual["_move_to_flat_buffer"](self, *arguments, **more)
+        assert weights is not None
+        weights.release()
 
     def move_masters(self: Any, numel: int, index: int, name: str) -> None:
         """What DeepSpeed calls, for an optimizer that dqtrain has not, when the masters of a sub-group are made."""
@@ -545,6 +550,7 @@ def _memory_from(weights: Disk | None, states: Disk | None) -> Iterator[None]:
 
     if weights is not None:
         setattr(stage3, names[0], make_weights)
+        setattr(stage3, names[2], fill_and_release)
     if weights is not None or states is not None:
         setattr(stage3, names[1], move_masters)
     try:
