@@ -182,7 +182,7 @@ class Zero(Block):
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where partitioned weights of the student wait to be gathered: on the GPU, in host memory or in files on a local disk; stage 3 alone."""
     nvme: Path | None = None
-    """A folder on a local disk that every node has; needed with nvme. Its files have no names and are gone when the run ends, however it does."""
+    """A folder on a local disk (no tmpfs, which is memory) that every node has; needed with nvme. Its files have no names and are gone when the run ends, however it does."""
 
     @model_validator(mode="after")
     def _check(self) -> "Zero":
