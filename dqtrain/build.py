@@ -20,11 +20,12 @@ from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import Data, RunConfig, check_ranks
 from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
 from dqtrain.data.stream import IGNORED, AnyStream, Batch, PairStream, Stream
+from dqtrain.disk import require_room
 from dqtrain.distill import terms
 from dqtrain.distill.cache import CachedTeacher, cache_folder, write_cache
 from dqtrain.distill.chunked import chunked_loss
 from dqtrain.distill.objective import Objective, needed_outputs
-from dqtrain.engine import StudentEngine, TeacherEngine, materialise
+from dqtrain.engine import StudentEngine, TeacherEngine, bytes_on_disk, materialise
 from dqtrain.errors import ConfigError
 from dqtrain.evaluate import Evaluation
 from dqtrain.files import digest, write_text
@@ -61,6 +62,8 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     check_ranks(config.train, world.world_size)
     metrics = Metrics(run, world, config.train.steps)
     _check_models(config)  # before minutes of tokenising
+    if config.zero.nvme is not None:
+        require_room(config.zero.nvme, 1, world)
     tokenizer = tokenizer_directory(config, run)
     shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
 
@@ -78,8 +81,11 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     if config.train.activation_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     learned_later = {name: torch.full((1,), math.nan) for name, _ in student.named_parameters() if is_learned_scale(name) and name not in weights}
-    offloaded = "cpu" if config.zero.offload_parameters == "cpu" else None
-    materialise(student, weights | readers_of(learned_later), partitioned=config.zero.student == 3, device=offloaded)
+    offloaded = None if config.zero.offload_parameters == "none" else "cpu"
+    if config.zero.nvme is not None:
+        require_room(config.zero.nvme, bytes_on_disk(student, config.zero, world.world_size), world)
+    disk = config.zero.nvme if config.zero.offload_parameters == "nvme" else None
+    materialise(student, weights | readers_of(learned_later), partitioned=config.zero.student == 3, device=offloaded, disk=disk)
     del weights  # they may hold a whole model in memory
     language_model = LanguageModel(student, config.train.computes_in, **needed_outputs(config.distill))
     teacher: TeacherEngine | CachedTeacher | None = None

@@ -194,10 +194,11 @@ class _Snapshot:
     about: dict[str, Any]  # pieces and step count, for the index
     state: dict[str, Any]
     stall_s: float
+    engine: StudentEngine | None  # whose files are written as they are, while training waits
 
 
 class Saver:
-    """Writes a run's checkpoints by a thread while training goes on, one at a time.
+    """Writes a run's checkpoints by a thread while training goes on, one at a time; what is on a local disk, too much for a copy, while training waits.
 
     Only `save` and `wait` are collective. The threads meet through files alone: a collective would interleave with those of training.
     """
@@ -233,13 +234,17 @@ class Saver:
         buffers = persistent_buffers(engine.module) if self.world.rank == 0 else {}
         num_bytes = sum(gather_objects(sum(value.nbytes for value in (*own.values(), *buffers.values()))))
         self._raise_if(broadcast_object(self._prepare(num_bytes) if self.world.rank == 0 else None))
-        files = {_rank_file(self.world.rank): self._copy(own)} | ({"buffers.safetensors": self._copy(buffers)} if self.world.rank == 0 else {})
+        files = {_rank_file(self.world.rank): own if engine.on_disk else self._copy(own)} | (
+            {"buffers.safetensors": self._copy(buffers)} if self.world.rank == 0 else {}
+        )
         if any(value.is_cuda for value in (*own.values(), *buffers.values())):
             torch.cuda.synchronize()
         about = {"pieces": {f.name: (f.start, f.numel, f.total, f.shape) for f in fragments}, "optimizer_step_count": engine.optimizer_step_count()}
-        snapshot = _Snapshot(step, files, about, state, time.monotonic() - started)
+        snapshot = _Snapshot(step, files, about, state, time.monotonic() - started, engine if engine.on_disk else None)
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name=_name(step), daemon=True)
         self._thread.start()
+        if engine.on_disk:
+            self.wait()
 
     def wait(self) -> None:
         """Until the save in flight, if there is one, is complete. Collective. Raises CheckpointError on every rank when any rank could not write."""
@@ -291,14 +296,15 @@ class Saver:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             files = {
-                name: write_tensors(partial / name, {key: (value.dtype, value.shape) for key, value in tensors.items()}, tensors.__getitem__)
+                name: write_tensors(partial / name, {key: (value.dtype, value.shape) for key, value in tensors.items()}, _reader_of(tensors, snapshot.engine))
                 for name, tensors in snapshot.files.items()
             }
             write_text(partial / f"done-{self.world.rank:05d}.json", json.dumps({"files": files, **snapshot.about}))
             if self.world.rank == 0:
                 num_bytes = self._commit(snapshot)
                 write_s = time.monotonic() - started
-                self._tell("checkpoint", step=snapshot.step, stall_s=round(snapshot.stall_s, 4), write_s=round(write_s, 4), bytes=num_bytes)
+                stall_s = snapshot.stall_s + (write_s if snapshot.engine is not None else 0.0)
+                self._tell("checkpoint", step=snapshot.step, stall_s=round(stall_s, 4), write_s=round(write_s, 4), bytes=num_bytes)
                 self._forget(snapshot.state.get("best"))
         except OSError as error:
             self._error = f"rank {self.world.rank}: {error}"
@@ -360,6 +366,15 @@ class Saver:
             what = f"{self.root / _name(self._step)}: could not be saved ({problem})"
             message = f"{what}. {last}; free space in {self.root}, then `dqtrain resume {self.root.parent}`."
         raise CheckpointError(broadcast_object(message))
+
+
+def _reader_of(tensors: dict[str, Tensor], engine: StudentEngine | None) -> Callable[[str], Tensor]:
+    def read(name: str) -> Tensor:
+        if engine is not None:
+            engine.release()  # the tensor before it
+        return tensors[name].cpu()
+
+    return read
 
 
 # --- finding
@@ -480,6 +495,10 @@ class _Pieces:
         self.folder, self.index = folder, Index.read(folder)
         self._files: dict[int, Any] = {}
 
+    def close(self) -> None:
+        """Take the pages of the files out of memory; they are opened again when they are needed."""
+        self._files.clear()
+
     def fill(self, name: str, key: str, start: int, out: Tensor) -> None:
         """Copy elements start .. start + len(out) of a flattened parameter's tensor into `out`."""
         filled = 0
@@ -513,6 +532,9 @@ def load(folder: Path, engine: StudentEngine) -> None:
     try:
         for fragment in engine.fragments():
             _fill_fragment(pieces, fragment)
+            if engine.on_disk:
+                pieces.close()
+                engine.release()
         for name, buffer in persistent_buffers(engine.module).items():
             if name not in saved or saved[name].shape != buffer.shape:
                 raise CheckpointError(f"{folder}: has no buffer {name} of shape {tuple(buffer.shape)}; it was written by another model.")

@@ -182,16 +182,28 @@ class Zero(Block):
     """At stage 3, parameters of up to this many elements stay whole on every rank."""
     live_layers: int | None = Field(None, ge=1)
     """At stage 3, layers of the student that are whole at a time; null: up to 1e9 elements stay whole from forward to backward, which saves a second gather."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where the optimizer's states are: on the GPU, or in host memory, where its step is computed too."""
-    offload_parameters: Literal["none", "cpu"] = "none"
-    """Where partitioned weights of the student wait to be gathered; stage 3 alone."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's states are: on the GPU, in host memory, where its step is computed too, or in files on a local disk, for which stage 3 brings them there piece by piece."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where partitioned weights of the student wait to be gathered: on the GPU, in host memory or in files on a local disk; stage 3 alone."""
+    nvme: Path | None = None
+    """A folder on a local disk (no tmpfs, which is memory) that every node has; needed with nvme. Its files have no names and are gone when the run ends, however it does."""
 
     @model_validator(mode="after")
     def _check(self) -> "Zero":
-        for key, value in {"offload_parameters": self.offload_parameters != "none", "live_layers": self.live_layers is not None}.items():
+        needs_partitions = {
+            "offload_parameters": self.offload_parameters != "none",
+            "live_layers": self.live_layers is not None,
+            "offload_optimizer: nvme": self.offload_optimizer == "nvme",
+        }
+        for key, value in needs_partitions.items():
             if value and self.student != 3:
                 raise ValueError(f"zero.{key} is for partitioned weights, but zero.student is {self.student}; set it to 3, or leave out {key}")
+        uses_disk = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        if uses_disk and self.nvme is None:
+            raise ValueError("nvme is asked for, but zero.nvme is null; set zero.nvme to a folder on a local disk that every node has")
+        if self.nvme is not None and not uses_disk:
+            raise ValueError("zero.nvme is set, but nothing goes there; set zero.offload_optimizer or zero.offload_parameters to nvme, or leave it out")
         return self
 
 
@@ -512,7 +524,7 @@ def check_ranks(train: Train, world_size: int) -> None:
 PASSIVE = frozenset(
     "run.dir run.watchdog_s data.shards log.every_steps log.weights_every_steps checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every "
     "eval.every_steps eval.max_samples eval.generation export.checkpoint zero.student zero.teacher zero.persistence_threshold zero.live_layers zero.offload_optimizer "
-    "zero.offload_parameters teacher.live_layers train.activation_checkpointing train.max_skipped_steps".split()
+    "zero.offload_parameters zero.nvme teacher.live_layers train.activation_checkpointing train.max_skipped_steps".split()
 ) | {f"eval.generation.{name}" for name in Generation.model_fields}
 """Fields that may change when a run continues: the training goes on with the same samples and, up to the order of sums, the same numbers."""
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from dqtrain.config import Train, Zero
 from dqtrain.data.stream import Batch
+from dqtrain.disk import Disk
 from dqtrain.distill.objective import Objective
 from dqtrain.errors import ConfigError
 from dqtrain.models import Inputs, LanguageModel, Outputs, Reader, Taught
@@ -77,13 +79,19 @@ def gather(parameters: Sequence[nn.Parameter], read_only: bool = False) -> Abstr
 
 @torch.no_grad()
 def materialise(
-    model: nn.Module, weights: Mapping[str, Reader], dtype: torch.dtype = torch.float32, partitioned: bool = False, device: str | None = None
+    model: nn.Module,
+    weights: Mapping[str, Reader],
+    dtype: torch.dtype = torch.float32,
+    partitioned: bool = False,
+    device: str | None = None,
+    disk: Path | None = None,
 ) -> None:
     """Give parameters on the meta device memory, in `dtype` (integers in theirs), and values, one at a time, and persistent buffers theirs; tied ones stay tied.
 
-    Partitioned, they are so as under ZeRO-3, on the GPU unless `device` is "cpu", and each rank reads and holds its own slice alone: never more than its partitions and one slice. To be called
-    before an engine is made. Raises ConfigError for a tensor that `weights` lacks. Collective when partitioned.
+    Partitioned, they are so as under ZeRO-3, on the GPU unless `device` is "cpu", and each rank reads and holds its own slice alone: never more than its partitions and one slice, and
+    with a folder as `disk` (fp32, "cpu") no more than one slice. To be called before an engine is made. Raises ConfigError for a tensor that `weights` lacks. Collective when partitioned.
     """
+    files = None if disk is None else Disk(disk)
     partition = deepspeed.zero.Init(dtype=dtype, remote_device=device) if partitioned else None
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
@@ -97,7 +105,7 @@ def materialise(
                 if partition is None:
                     read(0, made[parameter].view(-1))
                 else:
-                    _read_partition(made[parameter], read, partition)
+                    _read_partition(made[parameter], read, partition, files)
             module._parameters[key] = made[parameter]
     parameters = set(dict(model.named_parameters(remove_duplicate=False)))
     for name, buffer in model.state_dict().items():
@@ -111,16 +119,20 @@ def _reader(weights: Mapping[str, Reader], name: str) -> Reader:
     return weights[name]
 
 
-def _read_partition(parameter: Any, read: Reader, partition: Any) -> None:
+def _read_partition(parameter: Any, read: Reader, partition: Any, files: Disk | None) -> None:
     """Make a parameter a partitioned one, and fill this rank's slice: what it held is never touched, so that it never took memory."""
     partition._convert_to_deepspeed_param(parameter)
     parameter.partition()
     slice_ = parameter.ds_tensor
+    if files is not None:
+        slice_.data = files.zeros(slice_.numel())
     start = min(torch.distributed.get_rank() * slice_.numel(), parameter.ds_numel)
     own = min(slice_.numel(), parameter.ds_numel - start)
     if own:
         read(start, slice_[:own])
     slice_[own:].zero_()  # padding
+    if files is not None:
+        files.release()
 
 
 LIVE_ELEMENTS = 10**9
@@ -129,9 +141,14 @@ LIVE_ELEMENTS = 10**9
 PIECE_ELEMENTS = 5 * 10**7
 """Elements that are prefetched, reduced or updated (at stage 3) at a time: each takes a buffer, or AdamW's temporaries, of so many fp32 numbers."""
 
+DISK_PIECE_ELEMENTS = 10**7
+"""Elements that are updated at a time where they come from a disk: so many fp32 weights, gradients, moments and temporaries are in memory then, or those of one parameter."""
+
 
 def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int = LIVE_ELEMENTS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     offload = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
+    # DeepSpeed's own nvme is not asked for: see docs/design.md. Its cpu is, and the memory that it takes is then put on the disk; pinned memory would stay.
+    places = {"cpu": {"device": "cpu"}, "nvme": {"device": "cpu", "pin_memory": False}}
     return {
         "bf16": {"enabled": dtype == torch.bfloat16},
         "train_micro_batch_size_per_gpu": train.micro_batch,
@@ -145,13 +162,13 @@ def _deepspeed_config(stage: int, train: Train, zero: Zero, live_elements: int =
             "stage": stage,
             "overlap_comm": False,
             "reduce_bucket_size": PIECE_ELEMENTS,
-            "sub_group_size": PIECE_ELEMENTS,
+            "sub_group_size": DISK_PIECE_ELEMENTS if zero.offload_optimizer == "nvme" else PIECE_ELEMENTS,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             # The prefetch is no ceiling, this is: without it nearly all of a model was seen live at once (measured).
             "stage3_max_live_parameters": live_elements,
             "stage3_max_reuse_distance": live_elements,
             "stage3_prefetch_bucket_size": min(live_elements // 2, PIECE_ELEMENTS),
-            **{key: {"device": device} for key, device in offload.items() if device != "none"},
+            **{key: places[device] for key, device in offload.items() if device != "none"},
         },
     }
 
@@ -196,7 +213,7 @@ class TeacherEngine:
             self._forward: Any = module
             return
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
-        alone = zero.model_copy(update={"offload_optimizer": "none", "offload_parameters": "none"})
+        alone = zero.model_copy(update={"offload_optimizer": "none", "offload_parameters": "none", "nvme": None})
         asked = _deepspeed_config(zero.teacher, train, alone, live_layers * _largest_layer(module), dtype)
         self._forward, *_ = deepspeed.initialize(model=module, config=asked)
         _assert_started_as_asked(self._forward, asked, "teacher")
@@ -259,10 +276,14 @@ def _words(model: Any) -> dict[str, float]:
         return {"word_cosine": mean_cosine(table), "word_rank": effective_rank(table)}
 
 
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks, or the whole model if it has none."""
+    return [block for parent in module.modules() if isinstance(parent, nn.ModuleList) for block in parent] or [module]
+
+
 def _largest_layer(module: nn.Module) -> int:
-    """Elements of the largest repeated block, or of the whole model if it has none."""
-    blocks = [block for parent in module.modules() if isinstance(parent, nn.ModuleList) for block in parent] or [module]
-    return max(sum(_shape(p).numel() for p in block.parameters()) for block in blocks)
+    """Elements of the largest repeated block."""
+    return max(sum(_shape(p).numel() for p in block.parameters()) for block in _blocks(module))
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
@@ -295,7 +316,11 @@ class StudentEngine:
         live_elements = zero.live_layers * _largest_layer(module.student) if zero.live_layers else LIVE_ELEMENTS
         asked = _deepspeed_config(zero.student, train, zero, live_elements)
         module.to(world.device)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=asked)
+        self._weights_on_disk = Disk(zero.nvme) if zero.nvme is not None and zero.offload_parameters == "nvme" else None
+        self._states_on_disk = Disk(zero.nvme) if zero.nvme is not None and zero.offload_optimizer == "nvme" else None
+        self._moments_on_disk = Disk(zero.nvme) if zero.nvme is not None and zero.offload_optimizer == "nvme" else None
+        with _memory_from(self._weights_on_disk, self._states_on_disk):
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=asked)
         _assert_started_as_asked(self._engine, asked, "student")
         self._optimizer = self._engine.optimizer
         missing = [name for name in PRIVATE_NAMES[self.stage] if not hasattr(self._optimizer, name)]
@@ -305,11 +330,47 @@ class StudentEngine:
             )
 
         if self.stage == 3:
-            # DeepSpeed updates one copy of the partitions and gathers from another. In fp32 they are equal, bit for bit: one is enough.
             for gathered, updated in zip(self._optimizer.fp16_partitioned_groups_flat, self._optimizer.fp32_partitioned_groups_flat, strict=True):
-                if (gathered.dtype, gathered.device) == (updated.dtype, updated.device):
+                if _are_one(gathered, updated):
                     updated.data = gathered.data
             _gather_in_bf16(parameter for parameter in read_in_bf16(module) if len(_shape(parameter)) >= 2)
+        if self._weights_on_disk is not None or self._states_on_disk is not None:
+            self._go_on_from_disk(optimizer)
+
+    def _go_on_from_disk(self, optimizer: torch.optim.Optimizer) -> None:
+        """Moments in files from the start, gradients held once instead of twice, and pages released as soon as each piece has been read or updated."""
+        stage3 = self._optimizer
+        weights, states = self._weights_on_disk, self._states_on_disk
+        lost = weights is not None and not all(map(weights.holds, stage3.fp16_partitioned_groups_flat))
+        for gathered, updated in zip(stage3.fp16_partitioned_groups_flat, stage3.fp32_partitioned_groups_flat, strict=True):
+            lost = lost or (states is not None and updated.data_ptr() != gathered.data_ptr() and not states.holds(updated))
+        if lost:
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} keeps in memory what zero.nvme is for; install the version in constraints.txt, or offload to cpu."
+            )
+        if states is not None:
+            self.prepare_moments(0)
+            offset = 0
+            for flat in stage3.fp32_partitioned_groups_flat:
+                flat.grad = stage3.grad_partitions_flat_buffer.narrow(0, offset, flat.numel())
+                offset += flat.numel()
+        optimizer.register_step_post_hook(lambda *_: self.release())
+        if weights is not None:
+            for block in _blocks(self.module.student):
+                block.register_forward_hook(lambda *_: weights.release())
+            for parameter in self.module.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda _: weights.release())
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether fragments are files on a local disk: too much to be copied into memory."""
+        return self._states_on_disk is not None
+
+    def release(self) -> None:
+        """Take what is on a local disk, and was read or written, out of memory. No collective."""
+        for disk in (self._weights_on_disk, self._states_on_disk, self._moments_on_disk):
+            if disk is not None:
+                disk.release()
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the module. Collective under ZeRO-3."""
@@ -405,8 +466,13 @@ class StudentEngine:
         """Give every flat buffer moments and a step count of its own, padding-only ones too, so that fragments can be written into."""
         state = self._optimizer.optimizer.state
         flats = self._optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self._optimizer.single_partition_of_fp32_groups
-        for flat in flats:
-            state[flat] = {"step": torch.tensor(float(step_count)), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+        moments: Iterable[tuple[Tensor, ...]] = ((torch.zeros_like(flat), torch.zeros_like(flat)) for flat in flats)
+        if self._moments_on_disk is not None:
+            self._moments_on_disk.close()
+            sizes = [flat.numel() for flat in flats]
+            moments = zip(*(self._moments_on_disk.zeros(sum(sizes)).split(sizes) for _ in range(2)), strict=True)
+        for flat, (mean, square) in zip(flats, moments, strict=True):
+            state[flat] = {"step": torch.tensor(float(step_count)), "exp_avg": mean, "exp_avg_sq": square}
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -419,7 +485,9 @@ class StudentEngine:
         optimizer.checkpoint_event_prologue()
         for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             low = optimizer.fp16_partitioned_groups_flat[index]
-            low.data.copy_(flat.data)
+            if low.data_ptr() != flat.data_ptr():
+                low.data.copy_(flat.data)
+                self.release()
             for part, view in zip(optimizer.fp16_partitioned_groups[index], optimizer.unflatten(low, optimizer.fp16_partitioned_groups[index]), strict=True):
                 part.data = view.data
         optimizer.checkpoint_event_epilogue()
@@ -439,6 +507,65 @@ class StudentEngine:
             held.append(self._optimizer.grad_partitions_flat_buffer)
         self._engine.destroy()
         _free([*held, *self.module.parameters()])
+        for disk in (self._weights_on_disk, self._states_on_disk, self._moments_on_disk):
+            if disk is not None:
+                disk.close()
+
+
+def _are_one(gathered: Tensor, updated: Tensor) -> bool:
+    """DeepSpeed updates one copy of the partitions and gathers from another. In fp32 in one place they are equal, bit for bit: one is enough."""
+    return (gathered.dtype, gathered.device) == (updated.dtype, updated.device)
+
+
+@contextmanager
+def _memory_from(weights: Disk | None, states: Disk | None) -> Iterator[None]:
+    """Within it, DeepSpeed's stage 3 makes its partitions of weights and their masters in files, each sub-group as soon as it is there: never all in memory."""
+    stage3 = sys.modules["deepspeed.runtime.zero.stage3"].DeepSpeedZeroOptimizer_Stage3
+    names = ("_create_param_groups_fp16_flat_cpu_memory", "_create_momentum_buffer", "_move_to_flat_buffer")
+    usual: dict[str, Any] = {name: getattr(stage3, name, None) for name in names}
+    masters: list[Tensor] = []
+
+    def make_weights(self: Any) -> None:
+        assert weights is not None
+        for group in self.trainable_param_groups:
+            self.param_groups_fp16_flat_cpu_memory.append(weights.zeros(sum(p.partition_numel() for p in group["params"])))
+
+    def fill_and_release(self: Any, *arguments: Any, **more: Any) -> None:
+        usual["_move_to_flat_buffer"](self, *arguments, **more)
+        assert weights is not None
+        weights.release()
+
+    def move_masters(self: Any, numel: int, index: int, name: str) -> None:
+        """What DeepSpeed calls, for an optimizer that dqtrain has not, when the masters of a sub-group are made."""
+        gathered, updated = self.fp16_partitioned_groups_flat[index], self.fp32_partitioned_groups_flat[index]
+        if _are_one(gathered, updated):
+            updated.data = gathered.data
+        elif states is not None:
+            if not masters:
+                masters.extend(states.zeros(sum(self.fp16_partitioned_groups_flat_numel)).split(self.fp16_partitioned_groups_flat_numel))
+            updated.data = masters[index].copy_(updated)
+        for disk in (weights, states):
+            if disk is not None:
+                disk.release()
+
+    if weights is not None:
+        setattr(stage3, names[0], make_weights)
+        setattr(stage3, names[2], fill_and_release)
+    if weights is not None or states is not None:
+        setattr(stage3, names[1], move_masters)
+    try:
+        yield
+    finally:
+        for name, method in usual.items():
+            if method is not None:
+                setattr(stage3, name, method)
+
+
+def bytes_on_disk(module: nn.Module, zero: Zero, world_size: int) -> int:
+    """Bytes that a rank needs at a time in `zero.nvme`, for a trained module that is not partitioned yet."""
+    partitions = sum(-(-p.numel() // world_size) for p in module.parameters())
+    # Masters and moments; partitions as they are read and as they are kept, of which one is gone before there are moments.
+    return 4 * partitions * (3 if zero.offload_optimizer == "nvme" else 2 if zero.offload_parameters == "nvme" else 0)
 
 
 def _free(tensors: Iterable[Tensor]) -> None:

@@ -67,11 +67,17 @@ CONTEXT_BYTES = 1.2e9
 DISK_BYTES_PER_S = 1e9
 """What one node is taken to write to shared storage."""
 
+NVME_BYTES_PER_S = 2e9
+"""What one node is taken to read and write on its local disk, by way of mapped files."""
+
 CHUNK_BYTES = 128 * 2**20
 """distill/chunked.py's."""
 
 LIVE_ELEMENTS, PIECE_ELEMENTS = 10**9, 5 * 10**7
 """engine.py's: what the student keeps gathered, and what is prefetched, reduced (a buffer of so many fp32 elements on a GPU, whatever the model) or, at stage 3, updated at a time."""
+
+DISK_PIECE_ELEMENTS = 10**7
+"""engine.py's: what is updated at a time from a local disk."""
 
 QUANTIZER_BYTES = 150
 """Memory traffic of one quantized weight in a micro-batch, its value made twice and its gradient: read and written by torch's operations, counted on a layer
@@ -530,10 +536,11 @@ def _learned_per_scale(settings: WeightQuant) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by moment and part, and of one node's host memory."""
+    """Bytes of one rank, by moment and part, and what it takes of its node's host memory and local disk."""
 
     moments: dict[str, dict[str, float]]  # "start", "rest" (between two steps), "forward", "backward", "update"
     host_per_rank: dict[str, float]
+    disk_per_rank: float
 
     @property
     def peak(self) -> dict[str, float]:
@@ -604,8 +611,8 @@ def memory_of(config: RunConfig, world_size: int, device: str = "gpu", models: M
     largest = 4.0 * student.largest_tensor
     in_bucket = 4.0 * min(PIECE_ELEMENTS, parameters)
     bucket = in_bucket if on_cpu else 4.0 * PIECE_ELEMENTS
-    offloads_optimizer = config.zero.offload_optimizer == "cpu" and not on_cpu
-    offloads_weights = config.zero.offload_parameters == "cpu" and not on_cpu and stage == 3
+    offloads_optimizer = config.zero.offload_optimizer != "none" and not on_cpu
+    offloads_weights = config.zero.offload_parameters != "none" and not on_cpu and stage == 3
 
     # Between two steps.
     start = {"weights": 0.0 if offloads_weights else part if stage == 3 else whole}
@@ -666,12 +673,18 @@ def memory_of(config: RunConfig, world_size: int, device: str = "gpu", models: M
     }
     moments = {moment: {name: value for name, value in parts.items() if value > 0} for moment, parts in moments.items()}
 
-    host = {"checkpoint being written": 3 * part, "student while loading": whole if stage != 3 else largest}
+    on_disk = config.zero.offload_optimizer == "nvme"
+    host = {} if on_disk else {"checkpoint being written": 3 * part}
+    host["student while loading"] = whole if stage != 3 else largest
     if teacher is not None:
         host["teacher while loading"] = kept.tensor if config.zero.teacher == 3 else kept.whole
-    host |= {"optimizer": 4 * part} if offloads_optimizer else {}
-    host |= {"weights": part} if offloads_weights else {}
-    return Memory(moments, host)
+    # On a disk are masters and moments; beside the gradients only what is updated at a time is in memory: masters, both moments, a temporary or two.
+    updated = min(part, max(4.0 * DISK_PIECE_ELEMENTS, largest / world_size))
+    in_memory = {"weights": part} if offloads_weights and config.zero.offload_parameters == "cpu" else {}
+    masters = 0.0 if in_memory else part  # with the weights beside them, one is enough
+    host |= {"optimizer": part + 5 * updated if on_disk else 4 * part + masters} if offloads_optimizer else {}
+    host |= in_memory
+    return Memory(moments, host, part * (3 if on_disk else 2 if config.zero.offload_parameters == "nvme" else 0))
 
 
 def _total(parts: Mapping[str, float]) -> float:
@@ -782,6 +795,11 @@ def cost_of(config: RunConfig, nodes: int, gpus: int, gpu: Gpu, models: Models |
         "optimizer": 14 * whole / world_size / (bandwidth if config.zero.offload_optimizer == "none" else 30e9),
         "links": max(total / (gpu.nvlink * ATTAINED["nvlink"]), across / (gpu.network * ATTAINED["network"])),
     }
+    on_disk = 6 * whole if config.zero.offload_optimizer == "nvme" else 0.0  # masters and moments, read and written
+    if config.zero.offload_parameters == "nvme":
+        on_disk += whole * (1 + micro_batches * (1 + max(0, parameters - _live(config, student)) / parameters))
+    if on_disk:
+        seconds["local disk"] = on_disk / nodes / NVME_BYTES_PER_S
     return Cost(seconds, traffic)
 
 
@@ -853,6 +871,7 @@ class Plan:
                 "moments": self.memory.moments,
             },
             "host_bytes_per_node": {name: value * self.gpus for name, value in self.memory.host_per_rank.items()},
+            "disk_bytes_per_node": self.memory.disk_per_rank * self.gpus,
             "step": {"seconds": step, "bound_by": max(self.cost.seconds, key=lambda name: self.cost.seconds[name]), "parts": self.cost.seconds},
             "traffic_bytes_per_gpu_and_step": self.cost.traffic,
             "tokens_per_step": tokens,
@@ -886,6 +905,8 @@ class Plan:
         lines += [f"  {name:24s}{value:10.3f}{value / self.cost.step:10.0%}" for name, value in self.cost.seconds.items()]
         lines += ["", "traffic per GPU and step: " + ", ".join(f"{name} {value / GB:.2f} GB" for name, value in self.cost.traffic.items())]
         lines += ["host memory per node: " + ", ".join(f"{name} {value / GB:.1f} GB" for name, value in told["host_bytes_per_node"].items())]
+        if self.memory.disk_per_rank:
+            lines += [f"local disk per node (zero.nvme): {told['disk_bytes_per_node'] / GB:.1f} GB"]
         lines += [
             f"checkpoint: {self.checkpoint_bytes / GB:.1f} GB, {_duration(told['checkpoint']['save_seconds'])} to write at {DISK_BYTES_PER_S / GB:.0f} GB/s per node"
         ]

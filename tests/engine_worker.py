@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from dqtrain import checkpoint, engine
 from dqtrain.bench import sharding
 from dqtrain.config import ActivationQuant, Attention, Contrast, Distill, Hidden, Logits, Override, Quant, Train, WeightQuant, Zero
 from dqtrain.data.stream import IGNORED
+from dqtrain.disk import require_room
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import CheckpointError, ConfigError
@@ -183,11 +185,16 @@ class Trained:
         seed: int = 2,
         family: str = "gpt2",
         offload: bool = False,
+        nvme: str | None = None,
+        optimizer: str = "nvme",
+        parameters: str = "nvme",
         **student: Any,
     ):
         zero = Zero(student=stage, teacher=teacher, persistence_threshold=threshold)  # type: ignore[arg-type]
         if offload:
             zero = zero.model_copy(update={"offload_optimizer": "cpu", "offload_parameters": "cpu" if stage == 3 else "none"})
+        if nvme is not None:
+            zero = zero.model_copy(update={"offload_optimizer": optimizer, "offload_parameters": parameters, "nvme": Path(nvme)})
         train = TRAIN.model_copy(update={"precision": precision})
         self.world, self.stage, self.zero = world, stage, zero
         self.family, self.taught = family, teacher_module(precision, family)
@@ -637,6 +644,45 @@ def choose(world: World, folder: Path, name: str, roots: list[str], stage: int) 
         checkpoint.digest = usual
     (folder / f"{name}-{world.rank}.json").write_text(json.dumps(found))
     run.student.destroy()
+
+
+def masters_apart(world: World, folder: Path, **how: Any) -> None:
+    """`save_at` where what is updated is another copy than what is gathered, as it is when that is on a GPU."""
+    usual = engine._are_one
+    engine._are_one = lambda gathered, updated: False
+    save_at(world, folder, **how)
+    engine._are_one = usual
+
+
+def on_disk(world: World, folder: Path, nvme: str) -> None:
+    """What an engine has on a disk of its own; -> on_disk-RANK.json: bytes used there with it and after it, file names, resident bytes, bytes planned, messages."""
+    run = Trained(world, stage=3, nvme=nvme)
+    run.train(0, 1)
+    shapes = [torch.empty(shape, device="meta") for shape in run.student._shapes.values()]
+    planned = engine.bytes_on_disk(torch.nn.ParameterList(shapes), run.zero, world.world_size)
+    run.student.release()
+    barrier()
+    mapped = [line for line in Path("/proc/self/smaps").read_text().split("VmFlags") if nvme in line]
+    found: dict[str, Any] = {
+        "used": shutil.disk_usage(nvme).used,
+        "names": os.listdir(nvme),
+        "mapped": sum(int(line.split("Size:")[1].split()[0]) * 1024 for line in mapped),
+        "resident": sum(int(line.split("Rss:")[1].split()[0]) * 1024 for line in mapped),
+        "planned": planned,
+    }
+    barrier()
+    run.student.destroy()
+    barrier()
+    found["after"] = shutil.disk_usage(nvme).used
+    barrier()
+    for name, where, num_bytes in (("room", nvme, 1 << 20), ("no room", nvme, 3 << 20), ("no folder", f"{nvme}/none", 1)):
+        try:
+            require_room(Path(where), num_bytes, world)
+            found[name] = None
+        except ConfigError as error:
+            found[name] = str(error)
+    found["left"] = shutil.disk_usage(nvme).used
+    (folder / f"on_disk-{world.rank}.json").write_text(json.dumps(found))
 
 
 def load_another(world: World, folder: Path, source: str, stage: int) -> None:

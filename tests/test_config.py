@@ -80,6 +80,9 @@ def test_numbers_are_read_as_written(small):
         ("{task: 1.0}", "{logits: {divergence: jensen_shannon, beta: 1.0}}", "where jensen_shannon is 0 for any student"),
         ("{task: 1.0}", "{logits: {tokens: tsld}, padding_counts: true}", "distill.padding_counts counts what has no label"),
         ("{task: 1.0}", "{contrast: {negatives_from: random, bank: position}}", "draws words from the bank, but bank is position"),
+        ("quant: null", "quant: null\nzero: {offload_optimizer: nvme}", "set zero.nvme to a folder on a local disk"),
+        ("quant: null", "quant: null\nzero: {nvme: /scratch}", "zero.nvme is set, but nothing goes there"),
+        ("quant: null", "quant: null\nzero: {student: 2, offload_optimizer: nvme, nvme: /scratch}", "offload_optimizer: nvme is for partitioned weights, but"),
     ],
 )
 def test_mistake_names_line_and_remedy(small, old, new, message):

@@ -175,6 +175,7 @@ def test_constants_are_those_of_the_engines():
     asked = engine._deepspeed_config(3, config.train, config.zero)["zero_optimization"]
     assert asked["stage3_max_live_parameters"] == plan.LIVE_ELEMENTS
     assert {asked[key] for key in ("stage3_prefetch_bucket_size", "reduce_bucket_size", "sub_group_size")} == {plan.PIECE_ELEMENTS}
+    assert engine.DISK_PIECE_ELEMENTS == plan.DISK_PIECE_ELEMENTS
 
 
 KEPT = {
@@ -270,6 +271,39 @@ def test_bytes_between_two_steps_by_hand(tmp_path):
     assert rest(2, zero={"student": 1}, distill={"contrast": {}}) - rest(2, zero={"student": 1}) == pytest.approx(bank)
     host = plan.memory_of(config_of(tmp_path, teacher), 4).host_per_rank
     assert host["checkpoint being written"] == pytest.approx(12 * elements / 4)
+
+
+def test_what_is_offloaded_is_counted_where_it_goes(tmp_path):
+    teacher = directory(tmp_path / "teacher", model_type="gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=97, n_positions=64)
+    part = 4 * plan.read_model(teacher).elements / 8
+
+    def planned(optimizer: str, parameters: str) -> plan.Memory:
+        zero = {"offload_optimizer": optimizer, "offload_parameters": parameters} | ({"nvme": "/disk"} if "nvme" in (optimizer, parameters) else {})
+        return plan.memory_of(config_of(tmp_path, teacher, zero=zero), 8)
+
+    assert planned("none", "none").disk_per_rank == 0
+    assert planned("cpu", "none").host_per_rank["optimizer"] == pytest.approx(5 * part)  # masters, two moments, gradients, and DeepSpeed's copy of them
+    assert planned("cpu", "cpu").host_per_rank["optimizer"] + planned("cpu", "cpu").host_per_rank["weights"] == pytest.approx(5 * part)
+    for parameters in ("none", "nvme"):
+        found = planned("nvme", parameters)
+        assert found.disk_per_rank == pytest.approx(3 * part)
+        assert found.host_per_rank["optimizer"] == pytest.approx(part + 5 * part)  # so small a model is one piece
+        assert not {"weights", "checkpoint being written"} & found.host_per_rank.keys()
+        assert found.moments == planned("cpu", "none" if parameters == "none" else "cpu").moments
+    assert planned("none", "nvme").disk_per_rank == pytest.approx(2 * part)
+    cost = plan.cost_of(
+        config_of(tmp_path, teacher, zero={"offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme": "/disk"}), 2, 4, plan.GPUS["h100"]
+    )
+    assert cost.seconds["local disk"] * plan.NVME_BYTES_PER_S == pytest.approx((6 + 1 + 64 // 2 // 8) * 8 * part / 2)
+    large = plan.memory_of(
+        config_of(
+            tmp_path,
+            directory(tmp_path / "xl", model_type="gpt2", n_embd=1600, n_layer=48, n_head=25, vocab_size=50257, n_positions=1024),
+            zero={"offload_optimizer": "nvme", "nvme": "/disk"},
+        ),
+        8,
+    )
+    assert large.host_per_rank["optimizer"] < large.disk_per_rank / 2
 
 
 def test_traffic_by_hand(tmp_path):
