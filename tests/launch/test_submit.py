@@ -112,6 +112,22 @@ def test_the_printed_command_does_what_submit_does(files: Path, capsys: pytest.C
     assert (files / "called").read_text() == called
 
 
+def test_a_job_whose_successors_are_refused_is_taken_back(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "bin").mkdir()
+    (files / "bin/sbatch").write_text(
+        f"#!/bin/sh\necho x >> {files}/calls; n=$(wc -l < {files}/calls); [ $n -lt 3 ] || {{ echo 'too many jobs' >&2; exit 1; }}; echo 4$n\n"
+    )
+    (files / "bin/scancel").write_text(f'#!/bin/sh\necho "$@" > {files}/cancelled\n')
+    for program in ("sbatch", "scancel"):
+        (files / "bin" / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{files}/bin:{os.environ['PATH']}")
+    (files / "site.yaml").write_text("gpus_per_node: 0\ntime: 1:00:00\nsuccessors: 3\n")
+    assert main(arguments(files)) == 1
+    assert "too many jobs" in capsys.readouterr().err and (files / "cancelled").read_text() == "42 41\n"
+    launch = load_launch(RunDir(files / "run"))
+    assert launch is not None and (launch.job, launch.successors) == (None, ())
+
+
 CONTAINER = "{kind: %s, image: %s, mounts: [/data, '/a:/b:ro'], python: /opt/python}"
 
 
