@@ -238,11 +238,11 @@ def _check_paths(config: RunConfig) -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder}: no config.json there. Give a Hugging Face model directory, or a finished run.")
     for source in (config.data.train, config.data.validation, config.data.test):
-        _check_corpora((source,) if isinstance(source, str) else source or ())
+        _check_corpora(source)
 
 
-def _check_corpora(names: Sequence[str]) -> None:
-    for name in names:
+def _check_corpora(source: str | Sequence[str] | None) -> None:
+    for name in (source,) if isinstance(source, str) else source or ():
         if not name.startswith("builtin:") and not Path(name).is_file():
             raise ConfigError(f"data: {name} is not a file. Give corpus files (.txt, .jsonl, .csv), builtin:python-stdlib or builtin:python-docstrings.")
 
@@ -312,6 +312,7 @@ def _submit_side(args: argparse.Namespace) -> str:
         if not run.config.is_file():
             raise ConfigError(f"{run.path} is no run, in whose directory a job could leave its output. Name runs, or leave out --site.")
         run.load_result()
+        _fetch(run.load_config(), weights=False)
     return submit_side(args.command, _eval_options(args, runs) if args.command == "eval" else [], runs, launch)
 
 
@@ -325,9 +326,10 @@ def _eval_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[str]
     ]
     like = load_config(args.config) if args.config else None
     for run in runs:
-        if not args.data and not getattr((like or run.load_config()).data, args.split):
+        source = args.data or getattr((like or run.load_config()).data, args.split)
+        if not source:
             raise ConfigError(f"{run.path}: nothing says what to evaluate on; give --data FILE, or a run whose config has data.{args.split}.")
-    _check_corpora(args.data or ())
+        _check_corpora(source)
     return given + (["--data", *args.data] if args.data else [])
 
 

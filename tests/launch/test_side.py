@@ -75,6 +75,7 @@ def record(run: RunDir, job: str, *words: str, code: int | None = None, printed:
         ("eval finished unfinished --site site.yaml", 4, "unfinished is unfinished (no checkpoint yet of 2 steps)"),
         ("eval finished --split test --site site.yaml", 2, "a run whose config has data.test."),
         ("eval finished --data no.jsonl --site site.yaml", 2, "data: no.jsonl is not a file."),
+        ("eval finished gone --site site.yaml", 2, "data: gone.jsonl is not a file."),
         ("eval finished --time 1:00:00", 2, "--time is for jobs."),
         ("eval finished --site site.yaml", 2, "sbatch is not on this machine's PATH."),
         ("export unfinished --site site.yaml", 4, "is unfinished"),
@@ -86,10 +87,11 @@ def test_what_cannot_run_is_refused_and_nothing_touched(
 ) -> None:
     monkeypatch.setenv("PATH", str(files))
     monkeypatch.chdir(files)
-    for name in ("finished", "unfinished"):
+    for name, validation in {"finished": f"{files}/train.jsonl", "unfinished": f"{files}/train.jsonl", "gone": "gone.jsonl"}.items():
         (files / name).mkdir()
-        (files / name / "run.yaml").write_text((files / "config.yaml").read_text())
-    (files / "finished/result.json").write_text("{}")
+        (files / name / "run.yaml").write_text((files / "config.yaml").read_text().replace(f"validation: {files}/train.jsonl", f"validation: {validation}"))
+    for name in ("finished", "gone"):
+        (files / name / "result.json").write_text("{}")
     config = (files / "config.yaml").read_text().replace(", train_tokenizer: {vocab_size: 300}", "").replace("student:", "#")
     (files / "teacher.yaml").write_text(config.replace("teacher: null", "teacher: {path: t, source: hidden}").replace("task: 1.0", "logits: {weight: 1.0}"))
     before = snapshot(files)
