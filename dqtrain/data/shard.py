@@ -60,7 +60,8 @@ def write_shard(
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     assert predicted is None or predicted.dtype == bool and len(predicted) == len(tokens)
     bits = np.packbits(np.zeros(0, bool) if predicted is None else predicted, bitorder="little")
-    payload = memoryview(b"".join([np.ascontiguousarray(document_ends, "<u8"), np.ascontiguousarray(tokens, np.dtype(dtype).newbyteorder("<")), bits]))
+    parts = [np.ascontiguousarray(document_ends, "<u8"), np.ascontiguousarray(tokens, np.dtype(dtype).newbyteorder("<")), bits]
+    payload = memoryview(b"".join([part.data for part in parts]))
     blocks = [payload[start : start + BLOCK_BYTES] for start in range(0, len(payload), BLOCK_BYTES)]
     header = {
         "version": VERSION,
