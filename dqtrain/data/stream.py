@@ -78,24 +78,29 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 class AnyStream(ABC):
-    """The samples of a folder that `prepare` made, in an order that depends on `seed` and the epoch alone.
+    """The samples of folders that `prepare` made of sources of one kind, in an order that depends on `seed` and the epoch alone.
 
     Raises DataError when the index or a shard is missing, damaged or of another version, or when there is nothing to predict.
     """
 
-    def __init__(self, folder: Path, seed: int, shuffle: bool) -> None:
-        self._index: dict[str, Any] = read_index(folder)
+    def __init__(self, folders: Path | Sequence[Path], seed: int, shuffle: bool) -> None:
+        folders = [folders] if isinstance(folders, Path) else list(folders)
+        indices = [read_index(folder) for folder in folders]
+        self._index: dict[str, Any] = {**indices[0], "num_tokens": sum(index["num_tokens"] for index in indices)}
         self.seed = seed
         self.shuffle = shuffle
         self.vocab_size: int = self._index["vocab_size"]
-        self._shards = [Shard(folder / entry["file"]) for entry in self._index["shards"]]
-        for shard, entry in zip(self._shards, self._index["shards"], strict=True):
-            if shard.checksum != entry["checksum"]:
-                raise DataError(f"token shard {shard.path} is not the one that the index names; delete {folder} and run dqtrain prepare again.")
+        self._shards = []
+        for folder, index in zip(folders, indices, strict=True):
+            for entry in index["shards"]:
+                shard = Shard(folder / entry["file"])
+                if shard.checksum != entry["checksum"]:
+                    raise DataError(f"token shard {shard.path} is not the one that the index names; delete {folder} and run dqtrain prepare again.")
+                self._shards.append(shard)
         self._sample_ends = np.cumsum([self._num_samples(shard) for shard in self._shards])
         self.num_samples = int(self._sample_ends[-1])
         if not self.num_samples:
-            raise DataError(f"the shards in {folder} hold {self._index['num_tokens']} token, but a sample needs 2; give a longer corpus.")
+            raise DataError(f"the shards in {folders[0]} hold {self._index['num_tokens']} token, but a sample needs 2; give a longer corpus.")
 
     @property
     @abstractmethod
@@ -141,7 +146,7 @@ class AnyStream(ABC):
 class Stream(AnyStream):
     """Text: every sample has `tokens_per_sample` tokens."""
 
-    def __init__(self, folder: Path, tokens_per_sample: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, folder: Path | Sequence[Path], tokens_per_sample: int, seed: int, shuffle: bool) -> None:
         self.tokens_per_sample = tokens_per_sample
         super().__init__(folder, seed, shuffle)
         assert "pairs" not in self._index, f"{folder} holds pairs"
@@ -175,7 +180,7 @@ class PairStream(AnyStream):
     `pad_token_id` pads what is read. Widths are a multiple of 8, or the longest that `prepare` cut to, whichever is less.
     """
 
-    def __init__(self, folder: Path, seed: int, shuffle: bool, pad_token_id: int, decoder_start_token_id: int | None) -> None:
+    def __init__(self, folder: Path | Sequence[Path], seed: int, shuffle: bool, pad_token_id: int, decoder_start_token_id: int | None) -> None:
         super().__init__(folder, seed, shuffle)
         assert self._index.get("encoder_decoder") == (decoder_start_token_id is not None), f"{folder} was not prepared for this model"
         self.pad_token_id = pad_token_id
