@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from dqtrain.config import Data, Pairs, Source
+from dqtrain.data import sources as files
 from dqtrain.data.chat import ChatText, chat_template, encode_chats, render_chat
 from dqtrain.data.corpus import Corpus, chats, documents, find_corpus, texts_of
 from dqtrain.data.corpus import pairs as pairs_of
 from dqtrain.data.shard import Shard, write_shard, writing
-from dqtrain.data.sources import UNIT_BYTES, LeftOut, Unit
+from dqtrain.data.sources import LeftOut, Unit
 from dqtrain.data.work import Report, share_out
 from dqtrain.errors import DataError
 from dqtrain.files import sync_path, temporary_beside, write_text
@@ -198,7 +199,7 @@ def _plan_job(source: Source, data: Data, split: str, tokenizer: Path, root: Pat
     corpus = find_corpus(source, split, data.pairs, whole_texts=data.samples == "documents")
     hashed = tokenizer_hash(tokenizer)
     how = {"pairs": data.pairs.model_dump(), "encoder_decoder": encoder_decoder} if data.pairs else {"text": source.text, "messages": source.messages}
-    identity = json.dumps([VERSION, corpus.about, split, data.samples, how, hashed, tokens_per_shard, UNIT_BYTES])
+    identity = json.dumps([VERSION, corpus.about, split, data.samples, how, hashed, tokens_per_shard, files.UNIT_BYTES])
     folder = root / f"{split}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     return _Job(corpus, split, tokenizer, hashed, folder, data.samples, encoder_decoder, tokens_per_shard, _parts(corpus.units))
 
@@ -209,7 +210,7 @@ def _parts(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
     group: list[Unit] = []
     for unit in units:
         group.append(unit)
-        if sum(unit.num_bytes for unit in group) >= UNIT_BYTES // 2:
+        if sum(unit.num_bytes for unit in group) >= files.UNIT_BYTES // 2:
             parts.append(tuple(group))
             group = []
     return (*parts, tuple(group)) if group else tuple(parts)
