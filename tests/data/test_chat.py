@@ -29,7 +29,10 @@ FORGETFUL = """{% for message in messages %}{% if message.role != "assistant" or
 {{ message.content }}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-STRICT = """{% for message in messages %}{% if (message.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}{% endif %}{% endfor %}""" + CHATML
+STRICT = (
+    """{% for message in messages %}{% if (message.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}{% endif %}{% endfor %}"""
+    + CHATML
+)
 
 CHAT = [
     {"role": "system", "content": "Answer in short."},

@@ -76,7 +76,9 @@ def test_the_files_do_not_depend_on_the_number_of_processes(tokenizer, tmp_path)
     for number, size in enumerate([3, 2, 200, 4, 1]):
         write_corpus(tmp_path / f"in/{number}.jsonl", size, number)
     expected = [json.loads(line)["text"] for number in range(5) for line in (tmp_path / f"in/{number}.jsonl").read_text().splitlines()]
-    folders = [prepare_one(f"{tmp_path}/in/*.jsonl", "train", tokenizer, tmp_path / str(workers), workers=workers, tokens_per_shard=1500) for workers in (1, 2, 3)]
+    folders = [
+        prepare_one(f"{tmp_path}/in/*.jsonl", "train", tokenizer, tmp_path / str(workers), workers=workers, tokens_per_shard=1500) for workers in (1, 2, 3)
+    ]
     assert len({folder.name for folder in folders}) == 1
     one, *others = map(content, folders)
     assert others == [one] * 2 and len(one) > 6
@@ -198,7 +200,9 @@ def test_a_bad_line_is_named_from_any_process_and_counted_over_all(tokenizer, tm
     for path in folder.iterdir():
         path.unlink()
     prepare_one(allowed, "train", tokenizer, tmp_path / "out", **how)
-    assert said[-1].startswith(f"{corpus}: left out 2 bad lines, such as {corpus}:121: not a line of JSON") and said[-1].endswith("and 1 documents without text")
+    assert said[-1].startswith(f"{corpus}: left out 2 bad lines, such as {corpus}:121: not a line of JSON") and said[-1].endswith(
+        "and 1 documents without text"
+    )
 
 
 def test_shards_that_come_out_otherwise_are_refused(tokenizer, tmp_path):
