@@ -28,8 +28,8 @@ _MIXTURE, _SHARDS, _SAMPLES = 2**40, 2**40 + 1, 2**40 + 2
 def permute(index: np.ndarray, length: int, key: tuple[int, ...]) -> np.ndarray:
     """Map each index in [0, length) to its place in a pseudo-random permutation of [0, length): int64, shaped as `index`.
 
-    `key` is any few integers from 0, such as (seed, epoch). A Feistel network over the next power of four; what falls outside is sent through again until it
-    falls inside (cycle walking: Black and Rogaway 2002, section 4), about four times at most on average.
+    `key` is any few integers from 0, such as (seed, epoch). A Feistel network over the next power of two, whose halves differ by a bit at most; what falls outside is
+    sent through again until it falls inside (cycle walking: Black and Rogaway 2002, section 4), twice at most on average.
     """
     return _walk(index, length, key, inverse=False)
 
@@ -40,21 +40,28 @@ def unpermute(place: np.ndarray, length: int, key: tuple[int, ...]) -> np.ndarra
 
 
 def _walk(index: np.ndarray, length: int, key: tuple[int, ...], inverse: bool) -> np.ndarray:
-    half = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    round_keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+    bits = max(2, (length - 1).bit_length())
+    low = np.uint64(bits - bits // 2)
+    mask_left, mask_right = (np.uint64(1) << np.uint64(bits // 2)) - np.uint64(1), (np.uint64(1) << low) - np.uint64(1)
+    rounds = list(enumerate(np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)))
     result = np.array(index, np.uint64).reshape(-1)
-    outside = np.arange(len(result))
-    while len(outside):
-        left, right = result[outside] >> half, result[outside] & mask
-        if inverse:
-            for round_key in round_keys[::-1]:
-                left, right = right ^ (_mix(left ^ round_key) & mask), left
+    walking = result
+    outside: np.ndarray | None = None  # where in the result those that walk are; None: all of them
+    while len(walking):
+        left, right = walking >> low, walking & mask_right
+        for number, round_key in reversed(rounds) if inverse else rounds:
+            if number % 2 == 0:
+                left = left ^ (_mix(right ^ round_key) & mask_left)
+            else:
+                right = right ^ (_mix(left ^ round_key) & mask_right)
+        walking = left << low | right
+        if outside is None:
+            result = walking
+            outside = np.flatnonzero(walking >= length)
         else:
-            for round_key in round_keys:
-                left, right = right, left ^ (_mix(right ^ round_key) & mask)
-        result[outside] = left << half | right
-        outside = outside[result[outside] >= length]
+            result[outside] = walking
+            outside = outside[walking >= length]
+        walking = result[outside]
     return result.astype(np.int64).reshape(np.shape(index))
 
 
@@ -109,7 +116,7 @@ class Mixture:
         stages = np.searchsorted(self.starts, positions, side="right") - 1
         blocks, places = np.divmod(positions - self.starts[stages], BLOCK)
         sources, indices = np.empty((2, len(positions)), np.int64)
-        for (stage, block), chosen in _groups(stages, blocks):
+        for (stage, block), chosen in grouped(stages, blocks):
             drawn, ranks, _ = self._block(stage, block)
             source = drawn[places[chosen]]
             sources[chosen] = source
@@ -191,7 +198,7 @@ class Order:
         batches, rows = np.divmod(positions, self.micro_batch)
         turns, parts = np.divmod(batches, self.parts)
         samples = np.empty(len(positions), np.int64)
-        for (part,), chosen in _groups(parts):
+        for (part,), chosen in grouped(parts):
             samples[chosen] = self._in_part(part, turns[chosen] * self.micro_batch + rows[chosen])
         return samples
 
@@ -219,7 +226,7 @@ class Order:
             return self._in_source(0, part, positions)
         sources, indices = mixture.at(positions)
         samples = np.empty(len(positions), np.int64)
-        for (source,), chosen in _groups(sources):
+        for (source,), chosen in grouped(sources):
             samples[chosen] = self._in_source(source, part, indices[chosen])
         return samples
 
@@ -228,14 +235,14 @@ class Order:
         epochs, rests = np.divmod(indices, self._num[source][part])
         if self.parts == 1:
             if self.shuffle:
-                for (epoch,), chosen in _groups(epochs):
+                for (epoch,), chosen in grouped(epochs):
                     rests[chosen] = permute(rests[chosen], self._num[source][0], (self.seed, epoch, source))
             return rests + self._starts[self._shards[source][0][0]]
         samples = np.empty(len(indices), np.int64)
-        for (epoch,), chosen in _groups(epochs):
+        for (epoch,), chosen in grouped(epochs):
             shards, starts, ends = self._epoch(source, part, epoch)
             groups = np.searchsorted(ends[SHUFFLED_SHARDS - 1 :: SHUFFLED_SHARDS], rests[chosen], side="right")
-            for (group,), among in _groups(groups):
+            for (group,), among in grouped(groups):
                 first, last = group * SHUFFLED_SHARDS, min((group + 1) * SHUFFLED_SHARDS, len(shards))
                 start, stop = int(starts[first]), int(ends[last - 1])
                 places = start + permute(rests[chosen][among] - start, stop - start, (self.seed, _SAMPLES, source, part, epoch, group))
@@ -280,7 +287,7 @@ def _totals(sizes: np.ndarray, shares: list[np.ndarray]) -> list[int]:
     return [int(sizes[share].sum()) for share in shares]
 
 
-def _groups(*keys: np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def grouped(*keys: np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Each different tuple of entries of the keys [n], with the indices at which it stands."""
     if not len(keys[0]):
         return

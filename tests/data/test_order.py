@@ -209,4 +209,6 @@ def test_parts_of_unlike_size_are_refused():
 
 
 def test_an_order_is_the_same_everywhere():
-    assert Order([[3, 4]], 1, True).at(range(9)).tolist() == [3, 0, 1, 5, 6, 2, 4, 2, 5]
+    assert Order([[3, 4]], 1, True).at(range(9)).tolist() == [0, 6, 4, 5, 2, 1, 3, 1, 4]
+    assert Order([[3], [4]], 1, True, [(0, [1, 2])]).at(range(9)).tolist() == [3, 6, 1, 0, 4, 5, 4, 5, 3]
+    assert Order([[1] * 8], 1, True, (), 2, 2).at(range(9)).tolist() == [0, 4, 1, 5, 6, 2, 3, 7, 2]
