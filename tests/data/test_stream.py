@@ -2,11 +2,12 @@ import json
 
 import numpy as np
 import pytest
+from conftest import prepare_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dqtrain.config import Pairs
-from dqtrain.data.prepare import VERSION, prepare, train_tokenizer
+from dqtrain.config import Pairs, Source
+from dqtrain.data.prepare import VERSION, train_tokenizer
 from dqtrain.data.shard import Shard, write_shard
 from dqtrain.data.stream import AnyStream, DocumentStream, Interleaving, PairStream, Stream
 from dqtrain.errors import DataError
@@ -20,8 +21,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("stream")
     corpus = root / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": "some words, and more words: " * (1 + i % 5)}) + "\n" for i in range(23)))
-    train_tokenizer(str(corpus), "text", 260, root / "bpe")
-    return prepare(str(corpus), "train", root / "bpe", root, tokens_per_shard=600)
+    train_tokenizer([Source(path=str(corpus))], 260, root / "bpe")
+    return prepare_one(str(corpus), "train", root / "bpe", root, tokens_per_shard=600)
 
 
 @settings(max_examples=30, deadline=None)
@@ -115,23 +116,23 @@ def test_a_damaged_index_is_refused(copy, text):
 def test_an_index_of_another_version_is_refused(copy):
     index = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(index | {"version": 0}))
-    refused(copy, "has format version 0, but this dqtrain reads 1; delete")
+    refused(copy, "has format version 0, but this dqtrain reads 2; delete")
 
 
 def test_a_removed_shard_is_named(copy):
-    (copy / "shard-00001.bin").unlink()
-    refused(copy, r"shard-00001\.bin is missing; run dqtrain prepare again")
+    (copy / "shard-00000-00001.bin").unlink()
+    refused(copy, r"shard-00000-00001\.bin is missing; run dqtrain prepare again")
 
 
 def test_a_swapped_shard_is_named(copy):
-    (copy / "shard-00001.bin").write_bytes((copy / "shard-00000.bin").read_bytes())
+    (copy / "shard-00000-00001.bin").write_bytes((copy / "shard-00000-00000.bin").read_bytes())
     stream = Stream(copy, 16, 0, False)
-    with pytest.raises(DataError, match=r"shard-00001\.bin is not the one that the index names"):
+    with pytest.raises(DataError, match=r"shard-00000-00001\.bin is not the one that the index names"):
         stream.batch(range(stream.num_samples))
 
 
 def test_one_token_is_nothing_to_predict(copy):
-    shard = copy / "shard-00000.bin"
+    shard = copy / "shard-00000-00000.bin"
     index = json.loads((copy / "index.json").read_text())
     write_shard(shard, np.array([5]), np.array([1]), vocab_size=260, tokenizer_hash="", source="", split="", num_bytes=0, pieces_end=1)
     entry = {"file": shard.name, "num_tokens": 1, "num_documents": 1, "checksum": Shard(shard).checksum}
@@ -306,7 +307,7 @@ def pair_folders(pairs, tokenizers, tmp_path_factory):
     (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = Pairs(source_tokens=SOURCE_TOKENS, target_tokens=TARGET_TOKENS)
     return {
-        kind: prepare(str(root / "a.jsonl"), "train", tokenizers["bart"], root, tokens_per_shard=300, pairs=settings, encoder_decoder=kind)
+        kind: prepare_one(str(root / "a.jsonl"), "train", tokenizers["bart"], root, tokens_per_shard=300, pairs=settings, encoder_decoder=kind)
         for kind in (True, False)
     }
 
