@@ -7,6 +7,7 @@ A file is complete or absent, is read through a memory map, and no token is hand
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,7 +113,11 @@ class Shard:
             raise DataError(f"token shard {path} has {len(self._bytes)} bytes, but its header says {expected}; {_REMEDY}.")
         self._payload = self._bytes[payload_start : payload_start + payload_bytes]
         self._checksums = np.frombuffer(self._bytes[payload_start + payload_bytes :], "<u8")
+        self.bytes = self._payload[self._tokens_start : self._predicted_start]
+        """The tokens as they are stored, not checked."""
         self._checked = np.zeros(num_blocks, bool)
+        self.is_checked = num_blocks == 0
+        """Whether every block was checked."""
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
         """Return the header and the offset of the payload."""
@@ -130,8 +135,13 @@ class Shard:
         return header, end + 8
 
     @property
+    def has_predicted(self) -> bool:
+        """Whether there are tokens that a model should not say."""
+        return self.header["has_predicted"]
+
+    @functools.cached_property
     def document_ends(self) -> np.ndarray:
-        """Offset behind the last token (the end of text) of each document that ends in this shard: int64 [num_documents]."""
+        """Offset behind the last token (the end of text) of each document that ends in this shard: int64 [num_documents]. Raises DataError as `read` does."""
         return self.read_document_ends(0, self.header["num_documents"])
 
     def read_document_ends(self, start: int, stop: int) -> np.ndarray:
@@ -145,10 +155,20 @@ class Shard:
         size = self._dtype.itemsize
         return self._read(self._tokens_start + start * size, self._tokens_start + stop * size, self._dtype).astype(np.int64)
 
+    def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Check the blocks that hold the tokens [start, stop) of each pair, if they were not. Raises DataError as `read` does."""
+        block_bytes, size = self.header["block_bytes"], self._dtype.itemsize
+        first = (self._tokens_start + starts * size) // block_bytes
+        last = np.maximum(first, (self._tokens_start + stops * size - 1) // block_bytes)
+        for further in range(int((last - first).max()) + 1):
+            blocks = np.minimum(first + further, last)
+            for block in np.unique(blocks[~self._checked[blocks]]).tolist():
+                self._check(block)
+
     def read_predicted(self, start: int, stop: int) -> np.ndarray:
         """Return which of the tokens [start, stop) a model should say: bool, all True in a shard without `has_predicted`. Raises DataError as `read` does."""
         assert 0 <= start <= stop <= self.num_tokens
-        if not self.header["has_predicted"]:
+        if not self.has_predicted:
             return np.ones(stop - start, bool)
         packed = self._read(self._predicted_start + start // 8, self._predicted_start + -(-stop // 8), np.dtype(np.uint8))
         return np.unpackbits(packed, count=stop - start // 8 * 8, bitorder="little")[start % 8 :].astype(bool)
@@ -170,3 +190,4 @@ class Shard:
         if xxhash.xxh64_intdigest(self._payload[block * block_bytes : (block + 1) * block_bytes]) != self._checksums[block]:
             raise DataError(f"token shard {self.path}: block {block} of {len(self._checked)} does not match its checksum; {_REMEDY}.")
         self._checked[block] = True
+        self.is_checked = bool(self._checked.all())

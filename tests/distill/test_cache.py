@@ -125,7 +125,7 @@ def test_a_rank_without_work_reads_nothing(hidden, stream, tmp_path):
     write(tmp_path / "teacher-top_k-0", teacher(), stream, settings_of("top_k", draws=3))
     for folder in (hidden, tmp_path / "teacher-top_k-0"):
         batch = stream.batch(range(2))
-        batch.labels.fill(IGNORED)
+        batch = batch.without_targets()
         with CachedTeacher(folder, COMMAND, CPU).teaching(batch, inputs_of(batch, CPU)[0]) as taught:
             if taught.outputs is not None:
                 assert taught.outputs.hidden.shape == (2, 16, 32)
