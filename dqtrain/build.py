@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from dqtrain import checkpoint
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import Data, RunConfig, check_ranks
-from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
+from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, tokenizer_files, train_tokenizer
 from dqtrain.data.stdlib import SPLITS
 from dqtrain.data.stream import IGNORED, AnyStream, Batch, PairStream, Stream
 from dqtrain.data.work import Report
@@ -161,12 +161,15 @@ def _online_teacher(config: RunConfig, world: World) -> TeacherEngine:
     return TeacherEngine(module, config.train, config.zero, world, config.teacher.live_layers)
 
 
-def _cache_folder(config: RunConfig, shards: Sequence[Path], model: PretrainedConfig) -> Path:
+def _cache_folder(config: RunConfig, shards: Sequence[Path | str], model: PretrainedConfig) -> Path:
     """Where the teacher's words on the training samples are stored."""
     assert config.teacher is not None
+    local = [folder for folder in shards if isinstance(folder, Path)]
+    if len(local) < len(shards):
+        raise ConfigError(f"teacher.source {config.teacher.source} stores words beside the tokens, but those of data.train are at an address; copy them here.")
     start = model.decoder_start_token_id if model.is_encoder_decoder else None
     layout = {"tokens_per_sample": config.data.tokens_per_sample, "decoder_start_token_id": start}
-    return cache_folder(shards, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.computes_in)
+    return cache_folder(local, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.computes_in)
 
 
 def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
@@ -256,7 +259,9 @@ def tokenizer_directory(config: RunConfig, run: RunDir) -> Path:
     return model_directory(config.teacher.path)
 
 
-def prepare_data(config: RunConfig, run: RunDir, report: Report, workers: int | None = None, share: tuple[int, int] | None = None) -> dict[str, list[Path]]:
+def prepare_data(
+    config: RunConfig, run: RunDir, report: Report, workers: int | None = None, share: tuple[int, int] | None = None
+) -> dict[str, list[Path | str]]:
     """Tokenizer and token shards of every split, made unless they are there, as `prepare` does; split -> folders of its sources."""
     tokenizer = tokenizer_directory(config, run)
     if config.data.train_tokenizer is not None:
@@ -279,15 +284,15 @@ def is_encoder_decoder(config: RunConfig) -> bool:
     return read_model_config(source).is_encoder_decoder
 
 
-def open_stream(folders: Sequence[Path], data: Data, model: PretrainedConfig, seed: int, shuffle: bool) -> AnyStream:
+def open_stream(folders: Sequence[Path | str], data: Data, model: PretrainedConfig, seed: int, shuffle: bool) -> AnyStream:
     """The samples of folders of shards, as a model of this config reads them."""
     if data.pairs is None:
         assert data.tokens_per_sample is not None
-        return Stream(folders, data.tokens_per_sample, seed, shuffle)
+        return Stream([Path(folder) for folder in folders], data.tokens_per_sample, seed, shuffle)
     pad = model.pad_token_id if model.pad_token_id is not None else 0  # padding is masked, so that any id will do
     if model.is_encoder_decoder and model.decoder_start_token_id is None:
         raise ConfigError(f"the config.json of this {model.model_type} has no decoder_start_token_id, which its decoder begins with. Add it.")
-    return PairStream(folders, seed, shuffle, pad, model.decoder_start_token_id if model.is_encoder_decoder else None)
+    return PairStream([Path(folder) for folder in folders], seed, shuffle, pad, model.decoder_start_token_id if model.is_encoder_decoder else None)
 
 
 class Student(NamedTuple):
@@ -444,9 +449,10 @@ def evaluation_stream(
             raise ConfigError("--tokens-per-sample is for text, but data.pairs cuts sources and targets to their own lengths. Leave it out.")
         data = data.model_copy(update={"tokens_per_sample": tokens_per_sample})
     folders = prepare(data, split, tokenizer, root, encoder_decoder=model.config.is_encoder_decoder)
-    check_vocabulary(model.config, read_index(folders[0])["vocab_size"], str(path), tokenizer)
     check_length(model.config, data, str(path))
-    return open_stream(folders, data, model.config, seed=0, shuffle=False)
+    stream = open_stream(folders, data, model.config, seed=0, shuffle=False)
+    check_vocabulary(model.config, stream.vocab_size, str(path), tokenizer)
+    return stream
 
 
 def _cache() -> Path:

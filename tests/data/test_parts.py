@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from conftest import prepare_one, write_corpus
 
 from dqtrain.config import Data, Pairs, Source
 from dqtrain.data import sources, work
-from dqtrain.data.prepare import load_tokenizer, prepare, read_index, train_tokenizer
+from dqtrain.data.prepare import folders_of, load_tokenizer, prepare, read_index, train_tokenizer
 from dqtrain.data.shard import Shard
 from dqtrain.errors import DataError
 
@@ -226,3 +227,25 @@ def test_progress_is_told_from_time_to_time():
     tally.add(1, 1000, 2000)
     [(message, share)] = said
     assert re.fullmatch(r"tokenising x: 2 documents, 2,000 tokens, 0 documents/s, (100|99) tokens/s, 0:01:00 left", message) and share == 0.25
+
+
+def test_tokens_stay_where_they_are_if_they_are_those_that_are_asked_for(tokenizer, tokenizers, tmp_path):
+    folder = prepare_one(str(write_corpus(tmp_path / "a.jsonl", 30, 1)), "train", tokenizer, tmp_path / "made")
+    (tmp_path / "b.bin").touch()
+    fsspec.filesystem("memory").put(str(folder), "/made", recursive=True)
+    sources_of = (str(folder), f"{folder}/index.json", Source(path=str(folder), format="shards"), "memory://made/index.json", str(tmp_path / "b.bin"))
+    data = Data(train=sources_of, tokens_per_sample=16)
+    expected = [folder, folder, folder, "memory://made", tmp_path / "b.bin"]
+    assert prepare(data, "train", tokenizer, tmp_path / "out") == expected == folders_of(data, "train", tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for path in (str(folder), "memory://made/index.json"):
+        with pytest.raises(DataError, match="were made by a tokenizer with the hash .*: the model would read other words. Prepare them with"):
+            prepare_one(path, "train", tokenizers["gpt2"], tmp_path)
+        with pytest.raises(DataError, match="samples: packed, but this run asks for documents"):
+            prepare_one(path, "train", tokenizer, tmp_path, samples="documents")
+        with pytest.raises(DataError, match="were made with {}, but this run asks for {.*source_tokens"):
+            prepare_one(path, "train", tokenizer, tmp_path, pairs=Pairs(source_tokens=8, target_tokens=8))
+    with pytest.raises(DataError, match="is tokens already, so that there is no text to read"):
+        train_tokenizer([Source(path=str(folder))], 300, tmp_path / "bpe")
+    with pytest.raises(DataError, match=r"memory://nowhere cannot be read"):
+        prepare_one(Source(path="memory://nowhere", format="shards"), "train", tokenizer, tmp_path)
