@@ -18,8 +18,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from dqtrain import checkpoint, hub
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import Data, RunConfig, check_ranks
-from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
+from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, tokenizer_files, train_tokenizer
+from dqtrain.data.stdlib import SPLITS
 from dqtrain.data.stream import IGNORED, AnyStream, Batch, PairStream, Stream
+from dqtrain.data.work import Report
 from dqtrain.disk import require_room
 from dqtrain.distill import terms
 from dqtrain.distill.cache import CachedTeacher, cache_folder, write_cache
@@ -65,12 +67,12 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     if config.zero.nvme is not None:
         require_room(config.zero.nvme, 1, world)
     tokenizer = tokenizer_directory(config, run)
-    shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
+    shards = broadcast_object(prepare_data(config, run, lambda message, share: metrics.say(message)) if world.rank == 0 else {})
 
     loaded = load_tokenizer(tokenizer)
     goes_on = on_rank_0(world, lambda: run.has_checkpoint)
     student, coverage, maps, weights = student_model(config, len(loaded), loaded.eos_token_id, world, goes_on)
-    streams = {split: open_stream(folder, config.data, student.config, config.run.seed, shuffle=split == "train") for split, folder in shards.items()}
+    streams = {split: open_stream(folders, config.data, student.config, config.run.seed, shuffle=split == "train") for split, folders in shards.items()}
     name = str(config.student.init_from or (config.teacher.path if config.teacher else "student.architecture"))
     check_length(student.config, config.data, name)
     if config.eval.generation is not None and config.data.pairs is not None:
@@ -128,7 +130,7 @@ def writing_of(config: RunConfig, tokenizer: Any, world: World, synced: bool) ->
     data, settings = config.data, config.eval.generation
     if settings is None or data.pairs is None:
         return None
-    corpora = {split: source for split, source in (("validation", data.validation), ("test", data.test)) if source is not None}
+    corpora = {split: sources for split in ("validation", "test") if (sources := data.sources(split))}
     return Writing(tokenizer, corpora, data.pairs, settings, config.train.micro_batch, config.train.computes_in, world, synced)
 
 
@@ -165,12 +167,15 @@ def _online_teacher(config: RunConfig, world: World) -> TeacherEngine:
     return TeacherEngine(module, config.train, config.zero, world, config.teacher.live_layers)
 
 
-def _cache_folder(config: RunConfig, shards: Path, model: PretrainedConfig) -> Path:
+def _cache_folder(config: RunConfig, shards: Sequence[Path | str], model: PretrainedConfig) -> Path:
     """Where the teacher's words on the training samples are stored."""
     assert config.teacher is not None
+    local = [folder for folder in shards if isinstance(folder, Path)]
+    if len(local) < len(shards):
+        raise ConfigError(f"teacher.source {config.teacher.source} stores words beside the tokens, but those of data.train are at an address; copy them here.")
     start = model.decoder_start_token_id if model.is_encoder_decoder else None
     layout = {"tokens_per_sample": config.data.tokens_per_sample, "decoder_start_token_id": start}
-    return cache_folder(shards, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.computes_in)
+    return cache_folder(local, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.computes_in)
 
 
 def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
@@ -179,7 +184,7 @@ def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
     metrics = Metrics(run, world, config.train.steps)
     _check_models(config)
     path, tokenizer = model_directory(config.teacher.path), tokenizer_directory(config, run)
-    shards = broadcast_object(prepare_data(config, run, metrics.say) if world.rank == 0 else {})
+    shards = broadcast_object(prepare_data(config, run, lambda message, share: metrics.say(message)) if world.rank == 0 else {})
     student = read_model_config(start_directory(config.student.init_from) if config.student.init_from else path)
     stream = open_stream(shards["train"], config.data, student, config.run.seed, shuffle=False)
     check_vocabulary(student, stream.vocab_size, str(path), tokenizer)
@@ -260,37 +265,40 @@ def tokenizer_directory(config: RunConfig, run: RunDir) -> Path:
     return model_directory(config.teacher.path)
 
 
-def prepare_data(config: RunConfig, run: RunDir, say: Callable[[str], None]) -> dict[str, Path]:
-    """Tokenizer and token shards of every split, made unless they are there; split -> folder."""
+def prepare_data(
+    config: RunConfig, run: RunDir, report: Report, workers: int | None = None, share: tuple[int, int] | None = None
+) -> dict[str, list[Path | str]]:
+    """Tokenizer and token shards of every split, made unless they are there, as `prepare` does; split -> folders of its sources."""
     tokenizer = tokenizer_directory(config, run)
     if config.data.train_tokenizer is not None:
-        train_tokenizer(config.data.train, config.data.text_field, config.data.train_tokenizer.vocab_size, tokenizer, say, config.data.pairs)
-    sources = {"train": config.data.train, "validation": config.data.validation, "test": config.data.test}
-    root = config.data.shards or run.path / "shards"
-    encoder_decoder = _is_encoder_decoder(config)
+        train_tokenizer(
+            config.data.sources("train"), config.data.train_tokenizer.vocab_size, tokenizer, lambda message: report(message, None), config.data.pairs
+        )
+    root, kind = config.data.shards or run.path / "shards", is_encoder_decoder(config)
     return {
-        split: prepare(source, split, tokenizer, root, config.data.text_field, say, pairs=config.data.pairs, encoder_decoder=encoder_decoder)
-        for split, source in sources.items()
-        if source is not None
+        split: prepare(config.data, split, tokenizer, root, encoder_decoder=kind, progress=report, workers=workers, share=share)
+        for split in SPLITS
+        if getattr(config.data, split) is not None
     }
 
 
-def _is_encoder_decoder(config: RunConfig) -> bool:
+def is_encoder_decoder(config: RunConfig) -> bool:
+    """Whether the model of a config reads sources with an encoder; looks at a config.json alone."""
     if config.student.architecture is not None:
         return AutoConfig.for_model(config.student.architecture["model_type"]).is_encoder_decoder
     source = start_directory(config.student.init_from) if config.student.init_from else model_directory(config.teacher.path)  # type: ignore[union-attr]
     return read_model_config(source).is_encoder_decoder
 
 
-def open_stream(folder: Path, data: Data, model: PretrainedConfig, seed: int, shuffle: bool) -> AnyStream:
-    """The samples of a folder of shards, as a model of this config reads them."""
+def open_stream(folders: Sequence[Path | str], data: Data, model: PretrainedConfig, seed: int, shuffle: bool) -> AnyStream:
+    """The samples of folders of shards, as a model of this config reads them."""
     if data.pairs is None:
         assert data.tokens_per_sample is not None
-        return Stream(folder, data.tokens_per_sample, seed, shuffle)
+        return Stream([Path(folder) for folder in folders], data.tokens_per_sample, seed, shuffle)
     pad = model.pad_token_id if model.pad_token_id is not None else 0  # padding is masked, so that any id will do
     if model.is_encoder_decoder and model.decoder_start_token_id is None:
         raise ConfigError(f"the config.json of this {model.model_type} has no decoder_start_token_id, which its decoder begins with. Add it.")
-    return PairStream(folder, seed, shuffle, pad, model.decoder_start_token_id if model.is_encoder_decoder else None)
+    return PairStream([Path(folder) for folder in folders], seed, shuffle, pad, model.decoder_start_token_id if model.is_encoder_decoder else None)
 
 
 class Student(NamedTuple):
@@ -438,17 +446,19 @@ def evaluation_stream(
         data, tokenizer, root = Data(train=(), tokens_per_sample=tokens_per_sample or length), path, _cache()
         if model.config.is_encoder_decoder:
             raise ConfigError(f"{path} reads sources and writes targets; give --config YAML, whose data.pairs says where they are.")
-    source = tuple(files) if files else getattr(data, split)
-    if not source:
+    if files:
+        data = data.model_copy(update={split: tuple(files)})
+    if not data.sources(split):
         raise ConfigError(f"{path}: nothing says what to evaluate on; give --data FILE, or a run whose config has data.{split}.")
     if tokens_per_sample is not None:
         if data.pairs is not None:
             raise ConfigError("--tokens-per-sample is for text, but data.pairs cuts sources and targets to their own lengths. Leave it out.")
         data = data.model_copy(update={"tokens_per_sample": tokens_per_sample})
-    folder = prepare(source, split, tokenizer, root, data.text_field, pairs=data.pairs, encoder_decoder=model.config.is_encoder_decoder)
-    check_vocabulary(model.config, read_index(folder)["vocab_size"], str(path), tokenizer)
+    folders = prepare(data, split, tokenizer, root, encoder_decoder=model.config.is_encoder_decoder)
     check_length(model.config, data, str(path))
-    return open_stream(folder, data, model.config, seed=0, shuffle=False)
+    stream = open_stream(folders, data, model.config, seed=0, shuffle=False)
+    check_vocabulary(model.config, stream.vocab_size, str(path), tokenizer)
+    return stream
 
 
 def _cache() -> Path:

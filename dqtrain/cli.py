@@ -1,6 +1,7 @@
 """The command line. torch is imported after parsing, so that --help takes well under a second."""
 
 import argparse
+import glob
 import importlib
 import json
 import os
@@ -11,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dqtrain import hub
-from dqtrain.config import BITS_OF_GRID, RunConfig, check_ranks, load_config
-from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, Stopped, UserError
+from dqtrain.config import BITS_OF_GRID, RunConfig, Source, check_ranks, load_config
+from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, DataError, Stopped, UserError
 from dqtrain.files import DISK_ERRORS
 from dqtrain.plan import GPUS, cheapest, fastest, plan
 from dqtrain.rundir import RunDir, model_directory, start_directory
@@ -55,6 +56,14 @@ def _nodes(text: str) -> tuple[int, int]:
     if found[0] > found[1]:
         raise argparse.ArgumentTypeError(f"{text}: the fewest nodes come first, as in {found[1]}-{found[0]}")
     return found
+
+
+def _share(text: str) -> tuple[int, int]:
+    """`2/8`: the third of eight."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form K/N with K from 0 to N - 1, such as 0/8")
+    return int(number), int(count)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,7 +127,24 @@ def _parser() -> argparse.ArgumentParser:
     prepare = command("prepare", "make the tokenizer and the token shards of a config (train does it too)", "dqtrain prepare configs/quickstart-teacher.yaml")
     prepare.add_argument("config", type=Path, help="YAML file")
     prepare.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    prepare.add_argument("--workers", type=_positive, help="processes (default: one for each processor)")
+    prepare.add_argument("--part", type=_share, metavar="K/N", help="do every N-th part, from the K-th (from 0): one of N tasks that share the work")
     side_job(prepare)
+    data = commands.add_parser("data", help="what prepared data holds: info, show, verify", description="Look at prepared data.").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    looks = {
+        "info": ("counts, sources, weights, hashes and lengths", "dqtrain data info runs/mine"),
+        "show": ("one sample as text, with what is predicted of it in colour", "dqtrain data show runs/mine/shards/train-0123456789ab --sample 7"),
+        "verify": ("check every shard against its checksums; exit code 3 names what is damaged", "dqtrain data verify runs/mine/shards"),
+    }
+    for name, (help, example) in looks.items():
+        look = data.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  {example}", formatter_class=raw)
+        look.add_argument("path", type=Path, metavar="DIR", help="folder that prepare made, a folder of several, a run directory, or a YAML file")
+        if name == "show":
+            look.add_argument("--sample", type=int, default=0, metavar="N", help="its number in the order of the corpus, from 0 (default 0)")
+            look.add_argument("--tokens-per-sample", type=_positive, metavar="T", help="the N-th T tokens of packed text, instead of document N")
+            look.add_argument("--tokenizer", type=Path, metavar="DIR", help="where the tokenizer is now, if it was moved")
     evaluate = command(
         "eval",
         "loss and perplexity of runs, model directories or artifacts, one line of JSON each; with --site of runs, as a Slurm array",
@@ -237,14 +263,16 @@ def _check_paths(config: RunConfig) -> None:
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder}: no config.json there. Give a Hugging Face model directory, or a finished run.")
-    for source in (config.data.train, config.data.validation, config.data.test):
-        _check_corpora(source)
+    for split in ("train", "validation", "test"):
+        _check_corpora(config.data.sources(split))
 
 
-def _check_corpora(source: str | Sequence[str] | None) -> None:
-    for name in (source,) if isinstance(source, str) else source or ():
-        if not name.startswith("builtin:") and not Path(name).is_file():
-            raise ConfigError(f"data: {name} is not a file. Give corpus files (.txt, .jsonl, .csv), builtin:python-stdlib or builtin:python-docstrings.")
+def _check_corpora(sources: Sequence[Source]) -> None:
+    for source in sources:
+        path = source.path.removeprefix("file://")
+        if not (path.startswith(("builtin:", "hf:")) or "://" in path or Path(path).exists() or glob.glob(path, recursive=True)):
+            known = "files (.txt, .jsonl, .csv, .parquet), globs, addresses, hf:NAME, builtin:python-stdlib or builtin:python-docstrings"
+            raise ConfigError(f"data: {source.path} is not a file. Give {known}.")
 
 
 def train(config: RunConfig, ranks: int | None = None) -> int:
@@ -326,10 +354,10 @@ def _eval_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[str]
     ]
     like = load_config(args.config) if args.config else None
     for run in runs:
-        source = args.data or getattr((like or run.load_config()).data, args.split)
-        if not source:
+        sources = [Source(path=path) for path in args.data] if args.data else (like or run.load_config()).data.sources(args.split)
+        if not sources:
             raise ConfigError(f"{run.path}: nothing says what to evaluate on; give --data FILE, or a run whose config has data.{args.split}.")
-        _check_corpora(source)
+        _check_corpora(sources)
     return given + (["--data", *args.data] if args.data else [])
 
 
@@ -443,9 +471,12 @@ def _main(argv: Sequence[str] | None) -> int:
         _check_paths(config)
         run = RunDir(config.run.dir)
         run.claim(config)
-        for split, folder in prepare_data(config, run, lambda message: print(message, flush=True)).items():
-            print(f"{split}: {folder}")
+        for split, folders in prepare_data(config, run, _report, args.workers, args.part).items():
+            for folder in folders:
+                print(f"{split}: {folder}")
         return 0
+    if args.command == "data":
+        return _look(args)
     if args.command == "quickstart":
         from dqtrain.quickstart import quickstart
 
@@ -483,6 +514,50 @@ def _main(argv: Sequence[str] | None) -> int:
         print(json.dumps(result, indent=1))
         return 0
     return _generate(hub.fetch(args.model), args.prompt, args.tokens)
+
+
+def _report(message: str, share: float | None) -> None:
+    """Print how far preparing is: a bar that is drawn anew on a terminal, lines elsewhere."""
+    if share is not None and sys.stdout.isatty():
+        bar = f"[{'=' * int(20 * share):<20}] {share:4.0%} {message}"
+        print("\r" + bar[: shutil.get_terminal_size().columns - 1] + "\x1b[K", end="" if share < 1 else "\n", flush=True)
+    else:
+        print(message if share is None else f"{share:4.0%} {message}", flush=True)
+
+
+def _look(args: argparse.Namespace) -> int:
+    """Print what prepared data holds."""
+    from dqtrain.data.prepare import INDEX, folders_of
+    from dqtrain.data.show import info, prepared_folders, show, verify
+
+    run = RunDir(args.path)
+    found: list[tuple[Path, float | None]]
+    if args.path.is_file() or run.config.is_file():
+        from dqtrain.build import is_encoder_decoder, tokenizer_directory
+
+        config = load_config(args.path) if args.path.is_file() else run.load_config()
+        run = RunDir(config.run.dir) if args.path.is_file() else run
+        tokenizer, root = tokenizer_directory(config, run), config.data.shards or run.path / "shards"
+        found = []
+        for split in ("train", "validation", "test"):
+            folders = folders_of(config.data, split, tokenizer, root, is_encoder_decoder(config))
+            both = list(zip(folders, config.data.sources(split), strict=True))
+            found += [(folder, source.weight) for folder, source in both if isinstance(folder, Path) and folder.suffix not in (".bin", ".ds")]
+            print("".join(f"not looked at, since it was not prepared here: {folder}\n" for folder, _ in both if folder not in dict(found)), end="")
+        missing = [str(folder) for folder, _ in found if not (folder / INDEX).is_file()]
+        if missing:
+            raise DataError(f"{missing[0]} is not prepared{f', nor are {len(missing) - 1} others' * (len(missing) > 1)}. Run dqtrain prepare {args.path}.")
+    else:
+        found = [(folder, None) for folder in prepared_folders(args.path)]
+    if args.what == "info":
+        print("\n".join(info(folder, weight) for folder, weight in found))
+    elif args.what == "verify":
+        print(verify([folder for folder, _ in found]))
+    else:
+        if len(found) > 1:
+            raise ConfigError(f"{args.path} has {len(found)} folders of samples. Name one of them: {', '.join(str(folder) for folder, _ in found)}.")
+        print(show(found[0][0], args.sample, args.tokens_per_sample, args.tokenizer, sys.stdout.isatty()))
+    return 0
 
 
 def _weights(run: RunDir, out: Path, step: int | None, dtype: str) -> int:
@@ -527,7 +602,7 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
         writing = writing_of(config, load_tokenizer(run.student if run.config.is_file() else path), world, False)
         assert writing is not None
         writing = replace(writing, precision="fp32", micro_batch=8)  # as the loss
-        writing.corpora[split] = tuple(data) if data else getattr(config.data, split)
+        writing.corpora[split] = tuple(Source(path=path) for path in data) if data else config.data.sources(split)
         scores |= writing.scores(model, split)
     return scores
 

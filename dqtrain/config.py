@@ -8,12 +8,13 @@ values are computed in `build.py`.
 import difflib
 import json
 import re
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from dqtrain.errors import ConfigError
 
@@ -87,25 +88,80 @@ class Pairs(Block):
         return self
 
 
+class Source(Block):
+    path: str
+    """A file, a glob, an address such as `s3://bucket/*.parquet`, a folder of `datasets.save_to_disk`, `hf:NAME@REVISION`, a `builtin:` corpus, or tokens."""
+    format: Literal["text", "jsonl", "csv", "parquet", "arrow", "shards"] | None = None
+    """What the files are; null: what their names say (.jsonl, .csv, .parquet, .arrow, with .gz or .zst behind), text for any other name. `shards` are tokens
+    already: a folder that `dqtrain prepare` made (null: one with an index.json), Megatron's PREFIX.bin or datatrove's NAME.ds."""
+    text: str = "{text}"
+    """What is made of the fields of a line or row, such as `{title}: {body}`; `{{` and `}}` are braces."""
+    messages: str | None = None
+    """Field that holds a chat, a list of `role` and `content`: the tokenizer's chat template makes the text, and only what the assistant says is predicted."""
+    subset: str | None = None
+    """Configuration of a Hugging Face data set, for one that has several."""
+    split: str | None = None
+    """Split of a data set or a built-in corpus; null: the one it is read for."""
+    weight: float | None = Field(None, ge=0)
+    """Share of the samples, relative to the weights of the other sources; null on all of them: each in proportion to its size."""
+    max_bad_lines: int = Field(0, ge=0)
+    """Lines or rows that may be left out since they cannot be read or lack the text; one more is an error."""
+
+    @property
+    def template(self) -> list[tuple[str, str | None]]:
+        """`text` as literals, each with the field behind it, if there is one."""
+        return [(literal, field) for literal, field, _, _ in string.Formatter().parse(self.text)]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Source":
+        try:
+            parsed = list(string.Formatter().parse(self.text))
+        except ValueError as error:
+            raise ValueError(f"text is `{self.text}`, but {str(error).lower()}; write a brace that is no field twice") from None
+        fields = [field for _, field, _, _ in parsed if field is not None]
+        if not fields or "" in fields or any(spec or conversion for _, _, spec, conversion in parsed):
+            raise ValueError(f"text is `{self.text}`, but must hold names of fields in braces, such as `{{title}}: {{body}}`, without `:` or `!`")
+        if self.messages is not None and self.text != "{text}":
+            raise ValueError("text and messages are both set, but a chat's text is made by the chat template; keep one of them")
+        if self.subset is not None and not self.path.startswith("hf:"):
+            raise ValueError(f"subset is for Hugging Face data sets, but path is {self.path}; remove it")
+        return self
+
+
+def _written(value: Any) -> str:
+    """How a source, or a list of them, is written: which one of a union it is, so that messages are about that one alone."""
+    return "(path)" if isinstance(value, str) else "(list)" if isinstance(value, list | tuple) else "(block)"
+
+
+Entry = Annotated[Annotated[str, Tag("(path)")] | Annotated[Source, Tag("(block)")], Discriminator(_written)]
+Sources = Annotated[Annotated[str, Tag("(path)")] | Annotated[Source, Tag("(block)")] | Annotated[tuple[Entry, ...], Tag("(list)")], Discriminator(_written)]
+
+
 class Data(Block):
-    train: str | tuple[str, ...]
-    """Corpus files (.txt, .jsonl, any other name is text; .jsonl and .csv for pairs), `builtin:python-stdlib` or, for pairs, `builtin:python-docstrings`."""
-    validation: str | tuple[str, ...] | None = None
+    train: Sources
+    """What is trained on: a path, a block of how it is read, or a list of both."""
+    validation: Sources | None = None
     """Corpus evaluated every `eval.every_steps`."""
-    test: str | tuple[str, ...] | None = None
+    test: Sources | None = None
     """Corpus read once, at the end of the run."""
-    text_field: str = "text"
-    """Field of a jsonl line that holds the text."""
     tokenizer: Path | None = None
     """A tokenizer directory, or a hub id `hf:NAME@COMMIT`; null: the one beside the teacher or `student.init_from`."""
     train_tokenizer: TrainTokenizer | None = None
     """Train a tokenizer instead, into the run directory."""
     tokens_per_sample: int | None = Field(None, ge=2, le=2**20)
-    """Tokens of one sample of text; documents are packed across samples. Needed without `pairs`, and for text alone."""
+    """Tokens of one sample of text. Needed without `pairs`, and for text alone."""
+    samples: Literal["packed", "documents"] = "packed"
+    """Of text: documents packed one behind the other and cut every `tokens_per_sample`, or one document per sample, of which what is longer is cut off."""
     pairs: Pairs | None = None
     """Samples are pairs of a source and a target, and only target tokens are predicted; null: text."""
     shards: Path | None = None
     """Folder of the token shards; null: `shards` in the run directory. Runs may share one."""
+
+    def sources(self, split: str) -> tuple[Source, ...]:
+        """The sources of `train`, `validation` or `test`; none where that is null."""
+        value = getattr(self, split)
+        entries = () if value is None else value if isinstance(value, tuple) else (value,)
+        return tuple(Source(path=entry) if isinstance(entry, str) else entry for entry in entries)
 
     def longest(self, encoder_decoder: bool) -> int:
         """Most tokens that a decoder, or a causal model, reads of one sample."""
@@ -117,6 +173,19 @@ class Data(Block):
     def _check(self) -> "Data":
         if (self.pairs is None) == (self.tokens_per_sample is None):
             raise ValueError("data needs tokens_per_sample for text, or pairs for sources and targets; set one of them")
+        if self.pairs is not None and self.samples == "documents":
+            raise ValueError("samples is for text, but data.pairs makes a sample of each pair; remove it")
+        for split in ("train", "validation", "test"):
+            weights = [source.weight for source in self.sources(split)]
+            if None in weights and any(weight is not None for weight in weights):
+                raise ValueError(
+                    f"of the sources of {split}, number {weights.index(None) + 1} has no weight, but another one has; give all of them one, or none"
+                )
+            if weights and not any(weight is None or weight > 0 for weight in weights):
+                raise ValueError(f"the sources of {split} have no weight above 0; raise one")
+            for source in self.sources(split):
+                if self.pairs is not None and (source.messages is not None or source.text != "{text}"):
+                    raise ValueError(f"{source.path} has text or messages, but data.pairs says which fields are read; keep one of them")
         return self
 
 
@@ -598,6 +667,10 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[tupl
     return paths
 
 
+def _parts_of(annotation: Any) -> list[Any]:
+    return [annotation, *(part for inner in getattr(annotation, "__args__", ()) for part in _parts_of(inner))]
+
+
 def _fields_at(path: tuple[str, ...], model: Any) -> list[str]:
     """Names of the fields of the block at a path below a model, for hints."""
     for part in path:
@@ -606,8 +679,7 @@ def _fields_at(path: tuple[str, ...], model: Any) -> list[str]:
         field = model.model_fields.get(part)
         if field is None:
             return []
-        args = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((a for a in args if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        model = next((a for a in _parts_of(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)), None)
         if model is None:
             return []
     return list(model.model_fields)
@@ -616,14 +688,15 @@ def _fields_at(path: tuple[str, ...], model: Any) -> list[str]:
 def _explain(error: ValidationError, kind: type[Block], name: str, lines: dict[tuple[str, ...], int], overridden: set[tuple[str, ...]]) -> str:
     messages = []
     for problem in error.errors(include_url=False):
-        path = tuple(str(part) for part in problem["loc"])
+        where_in = tuple(str(part) for part in problem["loc"] if part not in ("(path)", "(block)", "(list)"))
+        path = where_in
         while path and path not in lines and not any(o[: len(path)] == path for o in overridden) and problem["type"] != "missing":
             path = path[:-1]  # a union adds the name of its branch to the path
         dotted = ".".join(path)
         line = lines.get(path) or next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 1)
         where = "command line" if any(path[: len(o)] == o for o in overridden) else f"{name}:{line}"
         if problem["type"] == "extra_forbidden":
-            *parents, key = (str(part) for part in problem["loc"])
+            *parents, key = where_in
             known = _fields_at(tuple(parents), kind)
             nearest = difflib.get_close_matches(key, known, 1, 0.5)
             text = (

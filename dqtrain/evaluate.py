@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqtrain.data.stream import IGNORED, AnyStream
+from dqtrain.data.stream import AnyStream
 from dqtrain.distill.chunked import chunked_loss
 from dqtrain.distill.terms import task
 from dqtrain.generation import Writing
@@ -94,7 +94,7 @@ def evaluate(
         first = (index * world.world_size + world.rank) * micro_batch
         batch = stream.batch(np.arange(first, min(first + micro_batch, num_samples)) if first < num_samples else np.zeros(1, dtype=np.int64))
         if first >= num_samples:
-            batch.labels.fill(IGNORED)
+            batch = batch.without_targets()
         inputs, labels = inputs_of(batch, world.device)
         hidden = {"student": student(inputs, layers=False).hidden[inputs.is_target]}
         with teacher.teaching(batch, inputs, layers=False) if teacher else nullcontext() as taught:

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dqtrain.config import Generation, Pairs
+from dqtrain.config import Generation, Pairs, Source
 from dqtrain.data.corpus import references
 from dqtrain.data.prepare import encode_sources
 from dqtrain.errors import ConfigError
@@ -57,7 +57,7 @@ class Writing:
     """What text is generated from, and how: the sources of pairs, each once, with all their references."""
 
     tokenizer: Any
-    corpora: dict[str, str | tuple[str, ...]]  # split -> corpus files
+    corpora: dict[str, tuple[Source, ...]]  # by split
     pairs: Pairs
     settings: Generation
     micro_batch: int

@@ -39,6 +39,7 @@ class Inputs(NamedTuple):
     is_target: Tensor  # bool, as ids: where a word is predicted
     source_ids: Tensor | None = None  # [samples, source tokens], of the encoder
     source_is_real: Tensor | None = None  # bool, as source_ids: no padding
+    positions: Tensor | None = None  # as ids: of each token in its document, which it alone attends to; None: to all before it
 
     @property
     def is_real(self) -> Tensor:
@@ -48,9 +49,10 @@ class Inputs(NamedTuple):
 
 def inputs_of(batch: Batch, device: torch.device) -> tuple[Inputs, Tensor]:
     """A batch on a device: (Inputs, labels [samples, tokens], -100 where there is no target)."""
-    ids, labels = torch.from_numpy(batch.input_ids).to(device), torch.from_numpy(batch.labels).to(device)
+    ids, labels = (torch.from_numpy(array).to(device).contiguous() for array in (batch.input_ids, batch.labels))
     if batch.source_ids is None or batch.source_is_real is None:
-        return Inputs(ids, labels != IGNORED), labels
+        positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(device)
+        return Inputs(ids, labels != IGNORED, positions=positions), labels
     return Inputs(ids, labels != IGNORED, torch.from_numpy(batch.source_ids).to(device), torch.from_numpy(batch.source_is_real).to(device)), labels
 
 
@@ -166,7 +168,7 @@ class LanguageModel(nn.Module):
         with self._autocast(inputs.ids):
             if inputs.source_ids is None:
                 with padding_of(model, inputs.is_real):
-                    said = model.base_model(input_ids=inputs.ids, use_cache=False, **wanted)
+                    said = model.base_model(input_ids=inputs.ids, use_cache=False, **self._confined(inputs.positions), **wanted)
                 return self._outputs(inputs.ids.device, said)
             mask = inputs.source_is_real
             read = model.get_encoder()(input_ids=inputs.source_ids, attention_mask=mask, **wanted)
@@ -208,6 +210,24 @@ class LanguageModel(nn.Module):
         if getattr(self.model.config, "scale_decoder_outputs", False):  # T5 with tied embeddings
             hidden = hidden * self.model.config.d_model**-0.5
         return Outputs(hidden, *layers)
+
+    def _confined(self, positions: Tensor | None) -> dict[str, Tensor]:
+        """What a causal model is told so that tokens attend to their own document alone: where they are in it, and which keys they may read.
+
+        transformers makes the mask of the positions itself where a family hands them on to it, and only so for layers that look through a window.
+        """
+        if positions is None:
+            return {}
+        config = self.model.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if getattr(config, "sliding_window", None) is not None or kinds != {"full_attention"}:
+            return {"position_ids": positions}
+        document = (positions == 0).cumsum(1)
+        may_read = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        if config._attn_implementation == "sdpa":
+            return {"position_ids": positions, "attention_mask": may_read}
+        added = torch.zeros(may_read.shape, device=positions.device).masked_fill_(~may_read, torch.finfo(torch.float32).min)
+        return {"position_ids": positions, "attention_mask": added}
 
     def _autocast(self, tensor: Tensor) -> torch.autocast:
         return torch.autocast(tensor.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -604,6 +624,27 @@ def check_length(config: PretrainedConfig, data: Data, name: str) -> None:
     for key, tokens in asked.items():
         if longest is not None and tokens is not None and tokens > longest:
             raise ConfigError(f"{key} is {tokens}, but {name} has {longest} positions; set it to {longest} or less.")
+
+
+@torch.no_grad()
+def check_confined(config: PretrainedConfig, name: str) -> None:
+    """Raise ConfigError for a model whose tokens see more of a sample than their own document, however it is asked: one of its kind is tried."""
+    model = _small(config).eval()
+    ids = torch.arange(8)[None] * 3 % model.config.vocab_size
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    reads = LanguageModel(model)
+    alone = torch.cat([reads(Inputs(ids[:, part], everything[:, part])).hidden for part in (slice(3), slice(3, 8))], 1)
+    try:
+        packed = reads(Inputs(ids, everything, positions=positions)).hidden
+        is_confined = torch.allclose(packed, alone, rtol=1e-4, atol=1e-5)
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # a family that knows no positions, or no such mask
+        is_confined = False
+    if not is_confined:
+        raise ConfigError(
+            f"data.attention is within, but the attention of {type(model).__name__} ({name}) cannot be confined to a document. "
+            "Set data.attention to across, or data.samples to documents."
+        )
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer_size: int, name: str, tokenizer: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dqtrain.config import BITS_OF_GRID, PASSIVE, Quant, RunConfig, differences, load_config
-from dqtrain.data.corpus import stdlib_summary
 from dqtrain.data.docstrings import docstrings_summary
+from dqtrain.data.stdlib import stdlib_summary
 from dqtrain.errors import ConfigError, Stopped
 from dqtrain.files import write_text
 from dqtrain.rundir import RunDir

@@ -13,6 +13,17 @@ import pytest
 hypothesis.settings.register_profile("shared machine", deadline=None)  # how long an example takes is no property of the code
 hypothesis.settings.load_profile("shared machine")
 
+
+def prepare_one(source, split: str, tokenizer: Path, root: Path, *, pairs=None, samples: str = "packed", **how) -> Path:
+    """The folder that `prepare` makes of one source: a path, or a Source."""
+    from dqtrain.config import Data
+    from dqtrain.data.prepare import prepare
+
+    data = Data(**{"train": (), split: source}, pairs=pairs, samples=samples, tokens_per_sample=None if pairs else 16)
+    [folder] = prepare(data, split, tokenizer, root, **how)
+    return folder
+
+
 WORDS = "the a cat dog bird sees finds eats red small old house tree river and then slowly under over".split()
 
 
@@ -32,12 +43,13 @@ def world(tmp_path_factory):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from dqtrain.config import Source
     from dqtrain.data.prepare import load_tokenizer, train_tokenizer
 
     folder = tmp_path_factory.mktemp("world")
     for seed, (split, lines) in enumerate({"train": 400, "validation": 30, "test": 30}.items()):
         write_corpus(folder / f"{split}.jsonl", lines, seed)
-    train_tokenizer(str(folder / "train.jsonl"), "text", 300, folder / "tokenizer")
+    train_tokenizer([Source(path=str(folder / "train.jsonl"))], 300, folder / "tokenizer")
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300, n_positions=32, bos_token_id=0, eos_token_id=0, resid_pdrop=0.1, embd_pdrop=0.1)
     GPT2LMHeadModel(config).save_pretrained(folder / "teacher")

@@ -78,19 +78,21 @@ def test_teacher_that_cannot_learn_from_text(make_run, tmp_path, family):
     run.config.write_text(config)
     from conftest import WORDS
 
+    from dqtrain.config import Source
     from dqtrain.data.prepare import train_tokenizer
 
     (tmp_path / "words.txt").write_text(" ".join(WORDS * 20))
-    train_tokenizer(str(tmp_path / "words.txt"), "text", 270, tmp_path / "tokenizer")
+    train_tokenizer([Source(path=str(tmp_path / "words.txt"))], 270, tmp_path / "tokenizer")
     code, message = refused_by_a_rank(run)
     expected = f"holds {type(model).__name__}, but a language model is needed" if family == "bert" else "but data.pairs is null"
     assert code == 2 and expected in message
 
 
 def test_tokenizer_with_more_words_than_the_model(make_run, world, tmp_path):
+    from dqtrain.config import Source
     from dqtrain.data.prepare import train_tokenizer
 
-    train_tokenizer(str(world / "train.jsonl"), "text", 310, tmp_path / "tokenizer")
+    train_tokenizer([Source(path=str(world / "train.jsonl"))], 310, tmp_path / "tokenizer")
     run = make_run()
     run.config.write_text(run.config.read_text().replace("tokens_per_sample: 16", f"tokens_per_sample: 16, tokenizer: {tmp_path}/tokenizer"))
     code, message = refused_by_a_rank(run)
@@ -100,11 +102,12 @@ def test_tokenizer_with_more_words_than_the_model(make_run, world, tmp_path):
 def test_tokenizer_of_another_model(make_run, tmp_path):
     from conftest import write_corpus
 
+    from dqtrain.config import Source
     from dqtrain.data.prepare import train_tokenizer
 
     other = write_corpus(tmp_path / "other.jsonl", 400, 9)
     other.write_text(other.read_text().replace("the", "zebra").replace("and", "quickly walks"))
-    train_tokenizer(str(other), "text", 300, tmp_path / "tokenizer")
+    train_tokenizer([Source(path=str(other))], 300, tmp_path / "tokenizer")
     run = make_run()
     run.config.write_text(run.config.read_text().replace("tokens_per_sample: 16", f"tokens_per_sample: 16, tokenizer: {tmp_path}/tokenizer"))
     code, message = refused_by_a_rank(run)

@@ -1,6 +1,7 @@
 """Every shipped config loads; every mistake is one message that names file, line and key; no knob is dead."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from dqtrain.config import PASSIVE, RunConfig, differences, dump_config, load_config, schema
+from dqtrain.config import PASSIVE, RunConfig, _parts_of, differences, dump_config, load_config, schema
 from dqtrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +179,7 @@ def test_differences_are_leaves(small):
 
 def _leaves(model, prefix=""):
     for name, field in model.model_fields.items():
-        inner = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        inner = [a for a in _parts_of(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
         if inner:
             yield from _leaves(inner[0], f"{prefix}{name}.")
         else:
@@ -194,7 +195,7 @@ def test_no_knob_is_dead_and_every_knob_is_documented():
 
     def is_read(leaf):
         block, _, field = leaf.rpartition(".")
-        owner = block.rpartition(".")[2]
+        owner = "source" if block in ("data.train", "data.validation", "data.test") else block.rpartition(".")[2]
         handed_on = dict.fromkeys(
             ("linears", "embeddings", "positions", "weights", "contrast", "distill", "logits", "hidden", "teacher", "generation", "pairs"), ("settings",)
         )
@@ -206,10 +207,54 @@ def test_no_knob_is_dead_and_every_knob_is_documented():
 
     def undocumented(model):
         for name, field in model.model_fields.items():
-            inner = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
-            yield from undocumented(inner[0]) if inner else ([] if field.description else [name])
+            inner = [a for a in _parts_of(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+            is_block = inner and inner[0].__name__ != "Source"  # the fields that hold sources say what for
+            yield from undocumented(inner[0]) if inner else []
+            yield from [] if is_block or field.description else [name]
 
     assert list(undocumented(RunConfig)) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "found"),
+    [
+        ("a.txt", [("a.txt", None)]),
+        ("{path: a.jsonl, weight: 2}", [("a.jsonl", 2.0)]),
+        ("[a.txt, {path: b.jsonl}]", [("a.txt", None), ("b.jsonl", None)]),
+        ("[{path: a, weight: 0.5}, {path: b, weight: 0}]", [("a", 0.5), ("b", 0.0)]),
+    ],
+)
+def test_a_source_is_a_path_or_a_block_or_there_is_a_list(small, train, found):
+    path = small(re.sub("(?m)^data:.*$", f"data: {{train: {train}, tokens_per_sample: 8}}", SMALL))
+    config = load_config(path)
+    assert [(source.path, source.weight) for source in config.data.sources("train")] == found
+    assert config.data.sources("validation") == ()
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("[{path: a, wieght: 1}]", "data.train.0.wieght: unknown key. Did you mean `weight`?"),
+        ("{pth: a}", "data.train.path: missing"),
+        ("3", "data.train: is 3, but"),
+        ("[a, {path: b, weight: 1}]", "of the sources of train, number 1 has no weight, but another one has"),
+        ("[{path: b, weight: 0}]", "the sources of train have no weight above 0"),
+        ("{path: b, weight: -1}", "data.train.weight: is -1"),
+        ('{path: b, text: "{a"}', "data.train: text is `{a`, but"),
+        ('{path: b, text: "{a!r}"}', "must hold names of fields in braces"),
+        ('{path: b, text: "no field"}', "must hold names of fields in braces"),
+        ('{path: b, text: "{a}", messages: m}', "text and messages are both set"),
+        ("{path: b, subset: a}", "subset is for Hugging Face data sets"),
+    ],
+)
+def test_a_mistake_in_a_source_is_told_once_and_named(small, train, message):
+    path = small(re.sub("(?m)^data:.*$", f"data: {{train: {train}, tokens_per_sample: 8}}", SMALL))
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == (2 if "pth" in train else 1)
 
 
 def test_passive_fields_exist():

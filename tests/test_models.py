@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, BertModel, Gemma2Config, Gemma2ForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, BertModel, BloomConfig, Gemma2Config, Gemma2ForCausalLM, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from dqtrain import models
@@ -28,6 +28,7 @@ from dqtrain.models import (
     LanguageModel,
     LayerMaps,
     all_layers,
+    check_confined,
     check_length,
     check_vocabulary,
     cut,
@@ -232,6 +233,40 @@ def test_inputs_of_a_batch():
     real = np.array([[True, False], [True, True]])
     inputs, _ = inputs_of(Batch(ids, labels, np.arange(2), ids[:, :2], real), torch.device("cpu"))
     assert inputs.source_ids.tolist() == ids[:, :2].tolist() and inputs.source_is_real.tolist() == real.tolist()
+
+
+# --- samples of several documents
+
+CAUSAL = {name: {} for name in FAMILIES if name not in ("bart", "mbart", "t5")} | {"mistral": {"sliding_window": 4}}
+DOCUMENTS = [[5, 7], [3, 1, 8]]
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_a_packed_sample_says_what_its_documents_say_alone(name, kind):
+    model = make(name, kind, **CAUSAL[name])
+    everything = torch.ones_like(IDS, dtype=torch.bool)
+    positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in DOCUMENTS])
+    for attentions in (False, True):
+        reads = LanguageModel(copy.deepcopy(model), attentions=attentions)
+        packed = reads.logits(Inputs(IDS, everything, positions=positions)).unflatten(0, IDS.shape)
+        across = reads.logits(Inputs(IDS, everything)).unflatten(0, IDS.shape)
+        for row, lengths in enumerate(DOCUMENTS):
+            stop = 0
+            for length in lengths:
+                start, stop = stop, stop + length
+                alone = reads.logits(Inputs(IDS[row : row + 1, start:stop], everything[:1, :length]))
+                assert_near(packed[row, start:stop], alone)
+                assert start == 0 or (across[row, start:stop] - alone).abs().max() > 0.01 * alone.abs().max()
+
+
+def test_models_that_can_be_confined_are_told_from_those_that_cannot():
+    for name in CAUSAL:
+        check_confined(FAMILIES[name]().config, name)
+    bloom = BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)  # has no positions that start again
+    with pytest.raises(ConfigError, match=r"data.attention is within, but the attention of BloomForCausalLM \(there\) cannot be confined to a document"):
+        check_confined(bloom, "there")
 
 
 # --- students cut from teachers

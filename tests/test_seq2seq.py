@@ -11,6 +11,7 @@ import torch
 from conftest import WORDS
 
 import dqtrain
+from dqtrain.config import Source
 from dqtrain.data.prepare import train_tokenizer
 from dqtrain.models import all_layers
 
@@ -44,7 +45,7 @@ def pairs(tmp_path_factory):
             for row in part:
                 table.writerows([row, {**row, "text": f"the {row['text']}"}])
     (folder / "words.txt").write_text("\n".join(f"{row['facts']} {row['text']}" for row in rows))
-    train_tokenizer(str(folder / "words.txt"), "text", 280, folder / "tokenizer")
+    train_tokenizer([Source(path=str(folder / "words.txt"))], 280, folder / "tokenizer")
     return folder
 
 

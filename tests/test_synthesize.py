@@ -10,7 +10,8 @@ import xxhash
 from families import FAMILIES, LLAMA
 from transformers import AutoModelForCausalLM
 
-from dqtrain.data.corpus import documents
+from dqtrain.config import Source
+from dqtrain.data.corpus import texts_of
 from dqtrain.data.prepare import END_OF_TEXT, load_tokenizer, train_tokenizer
 from dqtrain.errors import ConfigError
 from dqtrain.synthesize import synthesize
@@ -23,7 +24,7 @@ TEXT = "def area(width, height):\n    return width * height  # the area\n" * 5
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "a.txt").write_text(TEXT)
-    train_tokenizer(str(folder / "a.txt"), "text", VOCAB, folder / "bpe")
+    train_tokenizer([Source(path=str(folder / "a.txt"))], VOCAB, folder / "bpe")
     return load_tokenizer(folder / "bpe")
 
 
@@ -78,7 +79,7 @@ def test_texts_are_those_of_a_plain_loop(teachers, tokenizer, family, tmp_path, 
     expected = [plain(model, tokenizer, i, 20, 3) for i in range(11)]
     assert lines(out) == [tokenizer.decode(ids).rstrip("\ufffd") for ids in expected]
     assert len({len(ids) for ids in expected}) > 2  # they end by themselves
-    assert [text for text, ends in documents(str(out), "train", "text") if ends] == lines(out)
+    assert list(texts_of([Source(path=str(out))], "train")) == lines(out)
     assert sorted(path.name for path in out.parent.iterdir()) == ["corpus.jsonl", "corpus.jsonl.json"]
     assert capfd.readouterr() == ("", "")
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dqtrain.config import RunConfig, validate
+from dqtrain.config import RunConfig, Source, validate
 from dqtrain.plan import Memory, memory_of
 
 TOLERANCE = 0.10
@@ -107,7 +107,7 @@ def _write_teacher(folder: Path, layers: int, width: int, vocabulary: int, token
     words = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(50)]
     lines = [json.dumps({"text": " ".join(draw.choices(words, k=200))}) for _ in range(100)]
     (folder / "train.jsonl").write_text("\n".join(lines))
-    train_tokenizer(str(folder / "train.jsonl"), "text", 300, folder / "tokenizer")
+    train_tokenizer([Source(path=str(folder / "train.jsonl"))], 300, folder / "tokenizer")
     shapes: dict[str, dict[str, Any]] = {
         "teacher": {"n_layer": layers, "n_embd": width, "n_head": width // 64, "vocab_size": vocabulary, "n_positions": tokens},
         "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 300, "n_positions": 16},

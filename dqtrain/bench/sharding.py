@@ -27,7 +27,7 @@ from transformers import GPT2Config
 from dqtrain import engine
 from dqtrain.build import student_model
 from dqtrain.checkpoint import write_tensors
-from dqtrain.config import load_config
+from dqtrain.config import Source, load_config
 from dqtrain.data.prepare import load_tokenizer, train_tokenizer
 from dqtrain.models import meta_model, open_weights
 from dqtrain.world import barrier, init_world
@@ -77,7 +77,7 @@ def _write_model(folder: Path, shape: dict[str, int]) -> GPT2Config:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     text = folder.parent / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"line {i} of {i * i} words, and {i % 7} more"}) + "\n" for i in range(2000)))
-    train_tokenizer(str(text), "text", 512, folder.parent / "tokenizer")
+    train_tokenizer([Source(path=str(text))], 512, folder.parent / "tokenizer")
     load_tokenizer(folder.parent / "tokenizer").save_pretrained(folder)
     return config
 

@@ -1,14 +1,18 @@
-"""Corpus -> token ids -> shards: tokenised once, found again by content, continued after a kill where it stopped.
+"""Sources -> token ids -> shards: tokenised once, found again by content, continued after a kill where it stopped.
 
-The folder of the shards is named after everything that decides their content, so that it is never stale. Of text, a document is a text and its end;
-of pairs, documents 2i and 2i + 1 are the source and the target of pair i, in one shard. Needs transformers and tokenizers for the tokenizer
-(imported on use), numpy for the rest; no torch.
+Each source has a folder of its own, named after everything that decides its content, so that it is never stale. The source alone says into which parts it is
+cut; a part is made by one process, in shards of its own, and ends with a record of them; the index is written when every part has its record, by whoever
+made the last one. So any number of processes, or tasks on several machines, make the same files, and none waits for another.
+
+Of text, a document is a text and its end; of a chat, what the template makes of it; of pairs, documents 2i and 2i + 1 are the source and the target of pair i,
+in one shard. Needs transformers and tokenizers for the tokenizer (imported on use), numpy for the rest; no torch.
 """
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,19 +22,26 @@ from typing import Any
 
 import numpy as np
 
-from dqtrain.config import Pairs
-from dqtrain.data.corpus import STDLIB, documents, stdlib_summary
+from dqtrain.config import Data, Pairs, Source
+from dqtrain.data import sources as files
+from dqtrain.data.chat import ChatText, chat_template, encode_chats, render_chat
+from dqtrain.data.corpus import Corpus, chats, documents, find_corpus, texts_of
 from dqtrain.data.corpus import pairs as pairs_of
-from dqtrain.data.docstrings import DOCSTRINGS, docstrings_summary
 from dqtrain.data.shard import Shard, write_shard, writing
+from dqtrain.data.sources import LeftOut, Unit, is_tokens
+from dqtrain.data.work import Report, share_out
 from dqtrain.errors import DataError
 from dqtrain.files import sync_path, temporary_beside, write_text
 
-VERSION = 1
+VERSION = 2
 """Format of the folder: the shards, their index, and how text becomes tokens."""
 INDEX = "index.json"
 END_OF_TEXT = "<|endoftext|>"
-_BATCH_CHARS = 2**22
+TOKENS_PER_SHARD = 2**25
+"""More than a part of text usually has, so that it makes one shard."""
+_BATCH_CHARS = 2**20
+_ABANDONED_S = 3600
+"""A file that is being written is not touched for so long by no living writer."""
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -87,14 +98,7 @@ def check_same_tokenizer(tokenizer: Path, model: Path) -> None:
         )
 
 
-def train_tokenizer(
-    sources: str | Sequence[str],
-    text_field: str,
-    vocab_size: int,
-    out: Path,
-    progress: Callable[[str], None] | None = None,
-    pairs: Pairs | None = None,
-) -> None:
+def train_tokenizer(sources: Sequence[Source], vocab_size: int, out: Path, progress: Callable[[str], None] | None = None, pairs: Pairs | None = None) -> None:
     """Train a byte-level BPE tokenizer (Radford et al. 2019, section 2.2) on the train split and save it as a directory for AutoTokenizer.
 
     It gives back every text exactly; `<|endoftext|>` is its `eos_token`. Of `pairs` it reads sources, in their template, and targets.
@@ -105,21 +109,18 @@ def train_tokenizer(
 
     if out.exists():
         return
+    name = ", ".join(source.path for source in sources)
     if progress:
-        progress(f"training a tokenizer of {vocab_size:,} entries on {_name(sources)}")
+        progress(f"training a tokenizer of {vocab_size:,} entries on {name}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
-    if pairs is None:
-        texts: Iterator[str] = (text for text, _ in _pieces(sources, "train", text_field))
-    else:
-        texts = itertools.chain.from_iterable(_pairs(sources, "train", pairs))
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(texts_of(sources, "train", pairs), trainer)
     if bpe.get_vocab_size() < vocab_size:
         raise DataError(
-            f"{_name(sources)} gives a tokenizer of {bpe.get_vocab_size()} entries, but data.train_tokenizer.vocab_size is {vocab_size}. "
+            f"{name} gives a tokenizer of {bpe.get_vocab_size()} entries, but data.train_tokenizer.vocab_size is {vocab_size}. "
             f"Set it to {bpe.get_vocab_size()} or less, or give more text."
         )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
@@ -141,158 +142,426 @@ def train_tokenizer(
 
 
 def prepare(
-    sources: str | Sequence[str],
+    data: Data,
     split: str,
     tokenizer: Path,
     root: Path,
-    text_field: str = "text",
-    progress: Callable[[str], None] | None = None,
-    tokens_per_shard: int = 2**24,
-    pairs: Pairs | None = None,
+    *,
     encoder_decoder: bool = False,
-) -> Path:
-    """Tokenise a split into the shards of one folder below `root`, and return the folder; returns at once what is there already.
+    progress: Report | None = None,
+    workers: int | None = None,
+    share: tuple[int, int] | None = None,
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+) -> list[Path | str]:
+    """Tokenise the sources of a split, each into the shards of one folder below `root`; the folders in their order. What is there already is kept.
 
-    Every text is followed by one `eos_token`. A shard ends with the first corpus piece that brings it to `tokens_per_shard` tokens.
-    With `pairs`, a piece is a source in its template and a target, both cut to the tokens of the settings. For `encoder_decoder` both have the special
-    tokens of the tokenizer, and an `eos_token` behind them if it gives none; else only targets have an `eos_token`, and sources are cut on the left.
-    Killed and started again, it keeps the shards that are complete. Raises DataError for a corpus, tokenizer or disk that cannot be used.
+    A source that is tokens already stays where it is: its path, or address, is in the place of the folder.
+
+    Every text is followed by one `eos_token`. With `data.pairs`, a source in its template and a target are cut to the tokens of the settings; for
+    `encoder_decoder` both have the special tokens of the tokenizer, and an `eos_token` behind them if it gives none; else only targets have an `eos_token`,
+    and sources are cut on the left. A part is cut into shards of `tokens_per_shard` tokens or a little more.
+    `workers`: processes (default: one for each processor); `share` (k, n): make only every n-th part, from k, for n tasks that share the work; the folders
+    are complete when all of them are done. Killed and started again, it keeps the shards that are complete.
+    Raises DataError for a corpus, tokenizer or disk that cannot be used, or when more lines are bad than a source allows.
     """
-    hashed = tokenizer_hash(tokenizer)
-    described = [_describe(source, split, pairs) for source in _listed(sources)]
-    kind = {"pairs": pairs.model_dump(), "encoder_decoder": encoder_decoder} if pairs else {}
-    identity = json.dumps([VERSION, described, split, text_field, hashed, tokens_per_shard, *kind.values()])
-    folder = root / f"{split}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    if _is_complete(folder):
-        return folder
+    sources = data.sources(split)
+    if not sources:
+        raise DataError(f"data.{split} names no source; give it a path.")
+    planned = [
+        _tokens_of(source, data, tokenizer, encoder_decoder)
+        if is_tokens(source)
+        else _plan_job(source, data, split, tokenizer, root, encoder_decoder, tokens_per_shard)
+        for source in sources
+    ]
+    for job in planned:
+        if isinstance(job, _Job):
+            _run(job, progress, workers, share)
+    return [job.folder if isinstance(job, _Job) else job for job in planned]
 
-    fast = load_tokenizer(tokenizer)
-    vocab_size = max(fast.get_vocab().values()) + 1
-    shards = _complete_shards(folder)
-    num_done = shards[-1].header["pieces_end"] if shards else 0
-    if pairs is None:
-        pieces = _tokenised(itertools.islice(_pieces(sources, split, text_field), num_done, None), fast)
+
+def folders_of(data: Data, split: str, tokenizer: Path, root: Path, encoder_decoder: bool = False) -> list[Path | str]:
+    """Where `prepare` puts the sources of a split, whether or not they are there."""
+    return [
+        _tokens_of(source, data, tokenizer, encoder_decoder)
+        if is_tokens(source)
+        else _plan_job(source, data, split, tokenizer, root, encoder_decoder, TOKENS_PER_SHARD).folder
+        for source in data.sources(split)
+    ]
+
+
+def _tokens_of(source: Source, data: Data, tokenizer: Path, encoder_decoder: bool) -> Path | str:
+    """Where the tokens of a source are. Raises DataError for those that another tokenizer made, or that were cut in another way."""
+    path = source.path.removesuffix("/" + INDEX)
+    where: Path | str = path if "://" in path else Path(path)
+    if path.endswith((".bin", ".ds")):
+        return where
+    if isinstance(where, Path):
+        index = read_index(where)
     else:
-        pieces = _tokenised_pairs(itertools.islice(_pairs(sources, split, pairs), num_done, None), fast, pairs, encoder_decoder)
-    for group in _groups(pieces, tokens_per_shard, _Report(split, progress)):
-        path = folder / _file(len(shards))
-        num_done += len(group)
-        starts = itertools.accumulate((len(piece.ids) for piece in group), initial=0)
-        write_shard(
-            path,
-            np.concatenate([piece.ids for piece in group]),
-            np.array([start + end for start, piece in zip(starts, group, strict=False) for end in piece.document_ends], np.int64),
-            vocab_size=vocab_size,
-            tokenizer_hash=hashed,
-            source=_name(sources),
-            split=split,
-            num_bytes=sum(piece.num_bytes for piece in group),
-            pieces_end=num_done,
+        with files.reading(path), files.open_bytes(f"{path}/{INDEX}") as file:
+            index = _checked_index(f"{path}/{INDEX}", file.read())
+    if index["tokenizer_hash"] != (hashed := tokenizer_hash(tokenizer)):
+        raise DataError(
+            f"the tokens in {path} were made by a tokenizer with the hash {index['tokenizer_hash'][:12]}, but {tokenizer} has {hashed[:12]}: the model would read "
+            "other words. Prepare them with the tokenizer of this run, or set data.tokenizer to theirs."
         )
-        shards.append(Shard(path))
-    if not shards:
-        raise DataError(f"corpus {_name(sources)} has no {'pairs' if pairs else 'text'} for the split {split}; name a source that has.")
+    asked = {"pairs": data.pairs.model_dump(), "encoder_decoder": encoder_decoder} if data.pairs else {}
+    found = {key: index[key] for key in ("pairs", "encoder_decoder") if key in index}
+    if asked != found or data.samples == "documents" != index["samples"]:
+        what = f"{json.dumps(found)}, but this run asks for {json.dumps(asked)}" if asked != found else "samples: packed, but this run asks for documents"
+        raise DataError(f"the tokens in {path} were made with {what}; prepare the text of them again, or change data.")
+    return where
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that decides what is in a folder; goes to other processes."""
+
+    corpus: Corpus
+    split: str
+    tokenizer: Path
+    tokenizer_hash: str
+    folder: Path
+    samples: str
+    encoder_decoder: bool
+    tokens_per_shard: int
+    parts: tuple[tuple[Unit, ...], ...]
+
+    def record(self, part: int) -> Path:
+        """The file that says that a part is complete."""
+        return self.folder / f"part-{part:05d}.json"
+
+
+def _plan_job(source: Source, data: Data, split: str, tokenizer: Path, root: Path, encoder_decoder: bool, tokens_per_shard: int) -> _Job:
+    corpus = find_corpus(source, split, data.pairs, whole_texts=data.samples == "documents")
+    hashed = tokenizer_hash(tokenizer)
+    how = {"pairs": data.pairs.model_dump(), "encoder_decoder": encoder_decoder} if data.pairs else {"text": source.text, "messages": source.messages}
+    identity = json.dumps([VERSION, corpus.about, split, data.samples, how, hashed, tokens_per_shard, files.UNIT_BYTES])
+    folder = root / f"{split}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    return _Job(corpus, split, tokenizer, hashed, folder, data.samples, encoder_decoder, tokens_per_shard, _parts(corpus.units))
+
+
+def _parts(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
+    """Units side by side, until they are about as large as one can be."""
+    parts: list[tuple[Unit, ...]] = []
+    group: list[Unit] = []
+    for unit in units:
+        group.append(unit)
+        if sum(unit.num_bytes for unit in group) >= files.UNIT_BYTES // 2:
+            parts.append(tuple(group))
+            group = []
+    return (*parts, tuple(group)) if group else tuple(parts)
+
+
+def _run(job: _Job, progress: Report | None, workers: int | None, share: tuple[int, int] | None) -> None:
+    """Make what is missing of a folder."""
+    index = read_index(job.folder) if (job.folder / INDEX).is_file() else None
+    if index is None:
+        missing = [part for part in range(len(job.parts)) if not job.record(part).is_file()]
+    else:
+        missing = sorted({entry["part"] for entry in index["shards"] if not (job.folder / entry["file"]).is_file()})
+    if missing:
+        _tokenizer(job.tokenizer, job.tokenizer_hash)  # so that a mistake is told once
+        mine = [part for part in missing if share is None or part % share[1] == share[0]]
+        num_bytes = sum(unit.num_bytes for part in mine for unit in job.parts[part])
+        share_out(functools.partial(_make_part, job), mine, workers, f"tokenising {job.split} of {job.corpus.source.path}", num_bytes, progress)
+    if index is None:
+        index = _write_index(job)
+    elif missing:
+        _check_made_again(job, index, missing)
+    if index is None:
+        if progress:
+            left = sum(not job.record(part).is_file() for part in range(len(job.parts)))
+            progress(f"{left} of {len(job.parts)} parts of {job.corpus.source.path} are left to other tasks", None)
+        return
+    left_out = LeftOut(job.corpus.source.max_bad_lines)
+    left_out.num_bad = index["num_bad_lines"]
+    left_out.check(index["first_bad_line"])  # the allowance may be another one now
+    said = [f"{index['num_bad_lines']:,} bad lines, such as {index['first_bad_line']}"] * bool(left_out.num_bad)
+    said += [f"{index['num_empty']:,} documents without text"] * bool(index["num_empty"])
+    if said and missing and progress:
+        progress(f"{job.corpus.source.path}: left out {' and '.join(said)}", None)
+
+
+def _write_index(job: _Job) -> dict[str, Any] | None:
+    """The last file, without which the others do not count; None when parts of other tasks are missing. Whoever comes last writes it, or several do, the same."""
+    try:
+        records = [json.loads(job.record(part).read_bytes()) for part in range(len(job.parts))]
+    except FileNotFoundError:  # not made yet; or another task has just written the index
+        if not (job.folder / INDEX).is_file():
+            return None
+        _tidy(job.folder)
+        return read_index(job.folder)
+    source = job.corpus.source
+    if not any(record["shards"] for record in records):
+        shutil.rmtree(job.folder)
+        what = {"text": "text", "pairs": "pairs", "chat": "chats with an assistant"}[job.corpus.kind]
+        raise DataError(f"corpus {source.path} has no {what} for the split {job.split}; name a source that has.")
+    totals = {key: sum(record[key] for record in records) for key in ("num_tokens", "num_documents", "num_bytes", "num_empty", "num_bad_lines")}
+    left_out = LeftOut(source.max_bad_lines)
+    left_out.num_bad, first = totals["num_bad_lines"], next((record["first_bad_line"] for record in records if record["first_bad_line"]), "")
+    left_out.check(first)
     index = {
         "version": VERSION,
-        "split": split,
-        "sources": described,
-        "tokenizer_hash": hashed,
-        "vocab_size": vocab_size,
-        **kind,
+        "split": job.split,
+        "source": job.corpus.about,
+        "kind": job.corpus.kind,
+        "samples": job.samples,
+        "tokenizer": str(job.tokenizer.absolute()),
+        "tokenizer_hash": job.tokenizer_hash,
+        "vocab_size": _vocab_size(_tokenizer(job.tokenizer, job.tokenizer_hash)),
+        **({"pairs": job.corpus.pairs.model_dump(), "encoder_decoder": job.encoder_decoder} if job.corpus.pairs else {}),
+        **totals,
+        "first_bad_line": first,
+        "lengths": _join_lengths([record["lengths"] for record in records]),
+        "shards": [{**shard, "part": part} for part, record in enumerate(records) for shard in record["shards"]],
+    }
+    with writing(job.folder / INDEX):
+        write_text(job.folder / INDEX, json.dumps(index, indent=1))
+    _tidy(job.folder)
+    return index
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a folder with an index does not need any more: the records of parts, and what killed writers left."""
+    for path in folder.glob("part-*.json"):
+        path.unlink(missing_ok=True)
+    for path in folder.glob(".*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                path.unlink()
+
+
+def _check_made_again(job: _Job, index: dict[str, Any], parts: Sequence[int]) -> None:
+    """Shards that were lost must come out as they were, or the index is about others."""
+    for part in parts:
+        made = json.loads(job.record(part).read_bytes())["shards"]
+        if made != [{key: value for key, value in entry.items() if key != "part"} for entry in index["shards"] if entry["part"] == part]:
+            raise DataError(
+                f"the shards of part {part} in {job.folder} came out otherwise than the index says; delete {job.folder} and run dqtrain prepare again."
+            )
+        job.record(part).unlink()
+
+
+def _make_part(job: _Job, part: int, report: Callable[[int, int, int], None]) -> None:
+    """Write the shards of a part that are not there, and its record. `report` is called with more (documents, tokens, bytes of the source)."""
+    fast = _tokenizer(job.tokenizer, job.tokenizer_hash)
+    left_out = LeftOut(job.corpus.source.max_bad_lines)
+    shards = _complete_shards(job, part)
+    num_done = shards[-1].header["pieces_end"] if shards else 0
+    vocab_size = _vocab_size(fast)
+    groups = _groups(_batches(job, part, fast, left_out, num_done, report), job.tokens_per_shard, whole_documents=job.samples == "documents")
+    for group in groups:
+        path = job.folder / f"shard-{part:05d}-{len(shards):05d}.bin"
+        num_done += len(group.piece_ends)
+        write_shard(
+            path,
+            group.ids,
+            group.document_ends,
+            vocab_size=vocab_size,
+            tokenizer_hash=job.tokenizer_hash,
+            source=job.corpus.source.path,
+            split=job.split,
+            num_bytes=int(group.piece_bytes.sum()),
+            pieces_end=num_done,
+            predicted=group.predicted,
+        )
+        shards.append(Shard(path))
+    record = {
         **{key: sum(shard.header[key] for shard in shards) for key in ("num_tokens", "num_documents", "num_bytes")},
+        "num_empty": left_out.num_empty,
+        "num_bad_lines": left_out.num_bad,
+        "first_bad_line": left_out.first_bad,
+        "lengths": _lengths(shards, job.corpus.kind),
         "shards": [
-            {"file": shard.path.name, "num_tokens": shard.num_tokens, "num_documents": shard.header["num_documents"], "checksum": shard.checksum}
+            {
+                "file": shard.path.name,
+                "num_tokens": shard.num_tokens,
+                "num_documents": shard.header["num_documents"],
+                "bytes": shard.path.stat().st_size,
+                "checksum": shard.checksum,
+            }
             for shard in shards
         ],
     }
-    with writing(folder / INDEX):
-        write_text(folder / INDEX, json.dumps(index, indent=1))
-    return folder
+    with writing(job.record(part)):
+        write_text(job.record(part), json.dumps(record))
+
+
+@functools.lru_cache(1)
+def _tokenizer(path: Path, hashed: str) -> Any:
+    return load_tokenizer(path)
+
+
+def _complete_shards(job: _Job, part: int) -> list[Shard]:
+    paths = itertools.takewhile(Path.is_file, (job.folder / f"shard-{part:05d}-{number:05d}.bin" for number in itertools.count()))
+    return [Shard(path) for path in paths]
+
+
+def _vocab_size(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _lengths(shards: Sequence[Shard], kind: str) -> dict[str, Any]:
+    """How long the documents of a part are, by powers of two; and the tokens before its first end and behind its last, whose documents may go on elsewhere."""
+    names = ("sources", "targets") if kind == "pairs" else ("documents",)
+    counts: dict[str, list[int]] = {name: [] for name in names}
+    first: int | None = None
+    behind = 0
+    for shard in shards:
+        ends = shard.document_ends
+        if len(ends):
+            lengths = np.diff(ends, prepend=-behind)
+            if first is None:
+                first, lengths, skipped = int(lengths[0]), lengths[1:], 1
+            else:
+                skipped = 0
+            for number, name in enumerate(names):
+                counts[name] = _add(counts[name], _by_power(lengths[(number - skipped) % len(names) :: len(names)]))
+        behind = shard.num_tokens - (int(ends[-1]) if len(ends) else -behind)
+    return {"counts": counts, "first": first, "behind": behind}
+
+
+def _join_lengths(parts: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Name -> how many documents have a length in [2**i, 2**(i + 1)), of all parts."""
+    counts: dict[str, list[int]] = {name: [] for name in parts[0]["counts"]}
+    begun = 0
+    for part in parts:
+        for name, values in part["counts"].items():
+            counts[name] = _add(counts[name], values)
+        if part["first"] is not None:
+            name = next(iter(counts))  # of a pair, the source is first
+            counts[name] = _add(counts[name], _by_power(np.array([begun + part["first"]])))
+            begun = 0
+        begun += part["behind"]
+    return counts
+
+
+def _by_power(lengths: np.ndarray) -> list[int]:
+    return np.bincount(np.frexp(lengths)[1] - 1).tolist() if len(lengths) else []
+
+
+def _add(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    return [x + y for x, y in itertools.zip_longest(a, b, fillvalue=0)]
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """Return the `index.json` of a folder that `prepare` made. Raises DataError when it is missing, damaged or of another version."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_bytes())
-        version = index["version"]
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): the shards are not complete. Run dqtrain prepare again.") from None
+    return _checked_index(str(path), content)
+
+
+def _checked_index(name: str, content: bytes) -> dict[str, Any]:
+    remedy = f"delete {name.removesuffix('/' + INDEX)} and run dqtrain prepare again"
+    try:
+        index = json.loads(content)
+        version = index["version"]
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is not an index of shards ({error}); delete {folder} and run dqtrain prepare again.") from None
+        raise DataError(f"{name} is not an index of shards ({error}); {remedy}.") from None
     if version != VERSION:
-        raise DataError(f"{path} has format version {version}, but this dqtrain reads {VERSION}; delete {folder} and run dqtrain prepare again.")
+        raise DataError(f"{name} has format version {version}, but this dqtrain reads {VERSION}; {remedy}.")
     return index
 
 
-def _listed(sources: str | Sequence[str]) -> list[str]:
-    return [sources] if isinstance(sources, str) else list(sources)
-
-
-def _name(sources: str | Sequence[str]) -> str:
-    return ", ".join(_listed(sources))
-
-
-def _file(number: int) -> str:
-    return f"shard-{number:05d}.bin"
-
-
-def _pieces(sources: str | Sequence[str], split: str, text_field: str) -> Iterator[tuple[str, bool]]:
-    return itertools.chain.from_iterable(documents(source, split, text_field) for source in _listed(sources))
-
-
-def _pairs(sources: str | Sequence[str], split: str, settings: Pairs) -> Iterator[tuple[str, str]]:
-    """The pairs of all sources, with what the template makes of a source."""
-    for source, target in itertools.chain.from_iterable(pairs_of(name, split, settings) for name in _listed(sources)):
-        yield settings.template.replace("{source}", source), target
-
-
-def _describe(source: str, split: str, settings: Pairs | None) -> dict[str, Any]:
-    """Return what changes when the text of a source does."""
-    # Names a source that is missing or of the other kind.
-    if settings is None:
-        documents(source, split, "")
-    else:
-        pairs_of(source, split, settings)
-    if source in (STDLIB, DOCSTRINGS):
-        summary = stdlib_summary() if source == STDLIB else docstrings_summary()
-        return {"source": source, "sha256": summary[split]["sha256"]}
-    status = os.stat(source)
-    return {"source": os.path.abspath(source), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether the index and every shard that it lists are there; their content is checked when it is read."""
-    return (folder / INDEX).is_file() and all((folder / shard["file"]).is_file() for shard in read_index(folder)["shards"])
-
-
-def _complete_shards(folder: Path) -> list[Shard]:
-    paths = itertools.takewhile(Path.is_file, (folder / _file(number) for number in itertools.count()))
-    return [Shard(path) for path in paths]
-
-
 @dataclass(frozen=True)
-class _Piece:
-    """What no shard takes apart: `ids` uint32 [tokens], where documents end in them, and the UTF-8 bytes of the text."""
+class _Tokens:
+    """Pieces behind one another; no shard takes a piece apart."""
 
-    ids: np.ndarray
-    document_ends: tuple[int, ...]
-    num_bytes: int
+    ids: np.ndarray  # uint32 [tokens]
+    piece_ends: np.ndarray  # int64 [pieces]: offset behind the last token of each
+    piece_bytes: np.ndarray  # int64 [pieces]: UTF-8 bytes of its text
+    document_ends: np.ndarray  # int64 [documents that end here]
+    predicted: np.ndarray | None = None  # bool [tokens]; None: all
+
+    def split(self, num_pieces: int) -> tuple["_Tokens", "_Tokens"]:
+        """The first pieces, and the others."""
+        cut = int(self.piece_ends[num_pieces - 1]) if num_pieces else 0
+        documents = int(np.searchsorted(self.document_ends, cut, side="right"))
+        masks = (None, None) if self.predicted is None else (self.predicted[:cut], self.predicted[cut:])
+        return (
+            _Tokens(self.ids[:cut], self.piece_ends[:num_pieces], self.piece_bytes[:num_pieces], self.document_ends[:documents], masks[0]),
+            _Tokens(self.ids[cut:], self.piece_ends[num_pieces:] - cut, self.piece_bytes[num_pieces:], self.document_ends[documents:] - cut, masks[1]),
+        )
 
 
-def _tokenised(pieces: Iterator[tuple[str, bool]], tokenizer: Any) -> Iterator[_Piece]:
-    while batch := list(_take(pieces, _BATCH_CHARS, lambda piece: len(piece[0]))):
-        for (text, ends_document), ids in zip(batch, _encode(tokenizer, text=[text for text, _ in batch], add_special_tokens=False), strict=True):
-            end = [tokenizer.eos_token_id] if ends_document else []
-            yield _Piece(np.array(ids + end, np.uint32), (len(ids) + 1,) if ends_document else (), len(text.encode()))
+def _tokens(pieces: Sequence[Sequence[int]], num_bytes: Sequence[int], document_ends: np.ndarray, predicted: np.ndarray | None = None) -> _Tokens:
+    ids = np.fromiter(itertools.chain.from_iterable(pieces), np.uint32, sum(map(len, pieces)))
+    return _Tokens(ids, np.cumsum([len(piece) for piece in pieces], dtype=np.int64), np.array(num_bytes, np.int64), document_ends, predicted)
 
 
-def _tokenised_pairs(pairs: Iterator[tuple[str, str]], tokenizer: Any, settings: Pairs, encoder_decoder: bool) -> Iterator[_Piece]:
-    cut = _cut_for_encoder_decoder if encoder_decoder else _cut_for_causal
-    while batch := list(_take(pairs, _BATCH_CHARS, lambda pair: len(pair[0]) + len(pair[1]))):
-        sources, targets = cut([source for source, _ in batch], [target for _, target in batch], tokenizer, settings)
-        for texts, source, target in zip(batch, sources, targets, strict=True):
-            yield _Piece(np.array(source + target, np.uint32), (len(source), len(source) + len(target)), sum(len(text.encode()) for text in texts))
+def _joined(parts: Sequence[_Tokens]) -> _Tokens:
+    starts = np.cumsum([0] + [len(part.ids) for part in parts])
+    return _Tokens(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.piece_ends + start for part, start in zip(parts, starts, strict=False)]),
+        np.concatenate([part.piece_bytes for part in parts]),
+        np.concatenate([part.document_ends + start for part, start in zip(parts, starts, strict=False)]),
+        None if parts[0].predicted is None else np.concatenate([part.predicted for part in parts if part.predicted is not None]),
+    )
+
+
+def _batches(job: _Job, part: int, tokenizer: Any, left_out: LeftOut, num_done: int, report: Callable[[int, int, int], None]) -> Iterator[_Tokens]:
+    """The pieces of a part behind the first `num_done`, tokenised side by side."""
+    for unit in job.parts[part]:
+        pieces, tokenise = _read(job, unit, tokenizer, left_out)
+        for _ in itertools.islice(pieces, num_done):
+            num_done -= 1
+        while batch := list(_take(pieces, _BATCH_CHARS)):
+            tokens = tokenise([piece for _, piece in batch])
+            report(len(tokens.document_ends), len(tokens.ids), 0)
+            yield tokens
+        report(0, 0, unit.num_bytes)
+
+
+def _read(job: _Job, unit: Unit, tokenizer: Any, left_out: LeftOut) -> tuple[Iterator[tuple[int, Any]], Callable[[Sequence[Any]], _Tokens]]:
+    """The pieces of a unit, each with its characters, and what makes tokens of several."""
+    corpus = job.corpus
+    if corpus.kind == "pairs":
+        assert corpus.pairs is not None
+        settings, cut = corpus.pairs, _cut_for_encoder_decoder if job.encoder_decoder else _cut_for_causal
+        filled = ((settings.template.replace("{source}", source), target) for source, target in pairs_of(corpus, unit, left_out))
+        return ((len(pair[0]) + len(pair[1]), pair) for pair in filled), functools.partial(_pair_tokens, tokenizer, settings, cut)
+    if corpus.kind == "chat":
+        return ((len(chat[0]), chat) for chat in _rendered(corpus, unit, tokenizer, left_out)), functools.partial(_chat_tokens, tokenizer)
+    return ((len(piece[0]), piece) for piece in documents(corpus, unit, left_out)), functools.partial(_text_tokens, tokenizer)
+
+
+def _rendered(corpus: Corpus, unit: Unit, tokenizer: Any, left_out: LeftOut) -> Iterator[ChatText]:
+    chat_template(tokenizer)  # without one, no line is to blame
+    for place, messages in chats(corpus, unit, left_out):
+        try:
+            chat = render_chat(tokenizer, messages)
+        except DataError as error:
+            left_out.bad(f"{place}: {error}")
+            continue
+        if chat[1]:
+            yield chat
+        else:
+            left_out.num_empty += 1  # nothing that the assistant says
+
+
+def _text_tokens(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> _Tokens:
+    encoded = _encode(tokenizer, text=[text for text, _ in pieces], add_special_tokens=False)
+    encoded = [[*ids, tokenizer.eos_token_id] if ends else ids for ids, (_, ends) in zip(encoded, pieces, strict=True)]
+    ends = np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
+    return _tokens(encoded, [len(text.encode()) for text, _ in pieces], ends[[ends_document for _, ends_document in pieces]])
+
+
+def _chat_tokens(tokenizer: Any, pieces: Sequence[ChatText]) -> _Tokens:
+    encoded = encode_chats(tokenizer, pieces)
+    ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
+    return _tokens([ids for ids, _ in encoded], [len(text.encode()) for text, _ in pieces], ends, np.concatenate([said for _, said in encoded]))
+
+
+def _pair_tokens(tokenizer: Any, settings: Pairs, cut: Callable[..., Any], pieces: Sequence[tuple[str, str]]) -> _Tokens:
+    sources, targets = cut([source for source, _ in pieces], [target for _, target in pieces], tokenizer, settings)
+    both = [[*source, *target] for source, target in zip(sources, targets, strict=True)]
+    ends = np.cumsum([len(ids) for pair in zip(sources, targets, strict=True) for ids in pair], dtype=np.int64)
+    return _tokens(both, [len(source.encode()) + len(target.encode()) for source, target in pieces], ends)
 
 
 def _cut_for_encoder_decoder(sources: list[str], targets: list[str], tokenizer: Any, settings: Pairs) -> tuple[list[list[int]], list[list[int]]]:
@@ -342,40 +611,27 @@ def _encode(tokenizer: Any, **texts_and_settings: Any) -> list[list[int]]:
     return encoded["input_ids"]
 
 
-def _take(pieces: Iterator[Any], num_chars: int, length: Callable[[Any], int]) -> Iterator[Any]:
+def _take(pieces: Iterator[tuple[int, Any]], num_chars: int) -> Iterator[tuple[int, Any]]:
     while num_chars > 0 and (piece := next(pieces, None)) is not None:
-        num_chars -= length(piece)
+        num_chars -= piece[0]
         yield piece
 
 
-def _groups(pieces: Iterator[_Piece], num_tokens: int, report: "_Report") -> Iterator[list[_Piece]]:
-    """Gather pieces until they have `num_tokens` tokens: the content of one shard."""
-    group: list[_Piece] = []
-    missing = num_tokens
-    for piece in pieces:
-        report.count(len(piece.ids), len(piece.document_ends))
-        group.append(piece)
-        missing -= len(piece.ids)
-        if missing <= 0:
-            yield group
-            group, missing = [], num_tokens
-    if group:
-        yield group
-
-
-class _Report:
-    """Tells `progress` about once a second how far tokenising is."""
-
-    def __init__(self, split: str, progress: Callable[[str], None] | None) -> None:
-        self.split, self.progress = split, progress
-        self.num_documents = self.num_tokens = 0
-        self.started = self.told = time.monotonic()
-
-    def count(self, num_tokens: int, num_documents: int) -> None:
-        self.num_tokens += num_tokens
-        self.num_documents += num_documents
-        now = time.monotonic()
-        if self.progress and now - self.told >= 1:
-            self.told = now
-            rate = self.num_tokens / (now - self.started)
-            self.progress(f"tokenising {self.split}: {self.num_documents:,} documents, {self.num_tokens:,} tokens, {rate:,.0f} tokens/s")
+def _groups(batches: Iterator[_Tokens], num_tokens: int, whole_documents: bool) -> Iterator[_Tokens]:
+    """Gather pieces until they have `num_tokens` tokens, and if asked for end a document: the content of one shard."""
+    waiting: list[_Tokens] = []
+    for batch in batches:
+        while len(batch.ids):
+            missing = num_tokens - sum(len(tokens.ids) for tokens in waiting)
+            enough = batch.piece_ends >= missing
+            if whole_documents:
+                enough &= np.isin(batch.piece_ends, batch.document_ends)
+            if not enough.any():
+                break
+            first, batch = batch.split(int(enough.argmax()) + 1)
+            yield _joined([*waiting, first])
+            waiting = []
+        if len(batch.piece_ends):
+            waiting.append(batch)
+    if sum(len(tokens.ids) for tokens in waiting):
+        yield _joined(waiting)

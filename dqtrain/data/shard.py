@@ -1,11 +1,13 @@
-"""One file of token ids: a header, the document ends, the tokens, and a checksum for every MiB of them.
+"""One file of token ids: a header, the document ends, the tokens, which of them are predicted, and a checksum for every MiB of all that.
 
 Layout, little-endian: magic (8 bytes), length of the header (uint64), header (JSON, padded with spaces), xxh64 of all before (uint64);
-payload: document ends (uint64), tokens (uint16 or uint32); xxh64 of every `block_bytes` of the payload (uint64 each).
+payload: document ends (uint64), tokens (uint16 or uint32), and with `has_predicted` a bit for each token, the lowest bit of a byte first;
+xxh64 of every `block_bytes` of the payload (uint64 each).
 A file is complete or absent, is read through a memory map, and no token is handed out before its block was checked. Needs numpy and xxhash.
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import xxhash
 from dqtrain.errors import DataError
 from dqtrain.files import write_whole
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"DQSHARD\n"
 BLOCK_BYTES = 2**20
 _ALIGNMENT = 64
@@ -45,17 +47,22 @@ def write_shard(
     split: str,
     num_bytes: int,
     pieces_end: int,
+    predicted: np.ndarray | None = None,
 ) -> None:
     """Write token ids [num_tokens] and, ascending, the offset behind the last token of each document that ends here [num_documents].
 
-    `num_bytes`: UTF-8 bytes of the text; `pieces_end`: corpus pieces that this shard and those before it hold.
+    `num_bytes`: UTF-8 bytes of the text; `pieces_end`: corpus pieces that this shard and those before it hold; `predicted`: bool [num_tokens], the tokens that a
+    model should say, None for all of them, such as those of an assistant in a chat.
     Raises DataError for an id that is negative or not below `vocab_size`, and when the disk refuses.
     """
     if len(tokens) and not 0 <= (worst := int(tokens.min() if tokens.min() < 0 else tokens.max())) < vocab_size:
         raise DataError(f"{path}: token id {worst} is not in [0, {vocab_size}), the vocabulary; use the tokenizer that made the ids.")
     assert len(document_ends) == 0 or (document_ends[0] > 0 and document_ends[-1] <= len(tokens) and (np.diff(document_ends) > 0).all())
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    payload = memoryview(np.ascontiguousarray(document_ends, "<u8").tobytes() + np.ascontiguousarray(tokens, np.dtype(dtype).newbyteorder("<")).tobytes())
+    assert predicted is None or predicted.dtype == bool and len(predicted) == len(tokens)
+    bits = np.packbits(np.zeros(0, bool) if predicted is None else predicted, bitorder="little")
+    parts = [np.ascontiguousarray(document_ends, "<u8"), np.ascontiguousarray(tokens, np.dtype(dtype).newbyteorder("<")), bits]
+    payload = memoryview(b"".join([part.data for part in parts]))
     blocks = [payload[start : start + BLOCK_BYTES] for start in range(0, len(payload), BLOCK_BYTES)]
     header = {
         "version": VERSION,
@@ -66,6 +73,7 @@ def write_shard(
         "split": split,
         "num_tokens": len(tokens),
         "num_documents": len(document_ends),
+        "has_predicted": predicted is not None,
         "num_bytes": num_bytes,
         "pieces_end": pieces_end,
         "block_bytes": BLOCK_BYTES,
@@ -97,14 +105,19 @@ class Shard:
         self.num_tokens: int = self.header["num_tokens"]
         self._dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
         self._tokens_start = 8 * self.header["num_documents"]
-        payload_bytes = self._tokens_start + self.num_tokens * self._dtype.itemsize
+        self._predicted_start = self._tokens_start + self.num_tokens * self._dtype.itemsize
+        payload_bytes = self._predicted_start + (-(-self.num_tokens // 8) if self.header["has_predicted"] else 0)
         num_blocks = -(-payload_bytes // self.header["block_bytes"])
         expected = payload_start + payload_bytes + 8 * num_blocks
         if len(self._bytes) != expected:
             raise DataError(f"token shard {path} has {len(self._bytes)} bytes, but its header says {expected}; {_REMEDY}.")
         self._payload = self._bytes[payload_start : payload_start + payload_bytes]
         self._checksums = np.frombuffer(self._bytes[payload_start + payload_bytes :], "<u8")
+        self.bytes = self._payload[self._tokens_start : self._predicted_start]
+        """The tokens as they are stored, not checked."""
         self._checked = np.zeros(num_blocks, bool)
+        self.is_checked = num_blocks == 0
+        """Whether every block was checked."""
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
         """Return the header and the offset of the payload."""
@@ -122,20 +135,43 @@ class Shard:
         return header, end + 8
 
     @property
+    def has_predicted(self) -> bool:
+        """Whether there are tokens that a model should not say."""
+        return self.header["has_predicted"]
+
+    @functools.cached_property
     def document_ends(self) -> np.ndarray:
-        """Offset behind the last token (the end of text) of each document that ends in this shard: int64 [num_documents]."""
+        """Offset behind the last token (the end of text) of each document that ends in this shard: int64 [num_documents]. Raises DataError as `read` does."""
         return self.read_document_ends(0, self.header["num_documents"])
 
     def read_document_ends(self, start: int, stop: int) -> np.ndarray:
         """Return the ends of documents [start, stop) among those that end in this shard: int64. Raises DataError as `read` does."""
         assert 0 <= start <= stop <= self.header["num_documents"]
-        return self._read(8 * start, 8 * stop, np.dtype("<u8"))
+        return self._read(8 * start, 8 * stop, np.dtype("<u8")).astype(np.int64)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens [start, stop): int64. Raises DataError when a block they lie in is not what was written."""
         assert 0 <= start <= stop <= self.num_tokens
         size = self._dtype.itemsize
-        return self._read(self._tokens_start + start * size, self._tokens_start + stop * size, self._dtype)
+        return self._read(self._tokens_start + start * size, self._tokens_start + stop * size, self._dtype).astype(np.int64)
+
+    def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Check the blocks that hold the tokens [start, stop) of each pair, if they were not. Raises DataError as `read` does."""
+        block_bytes, size = self.header["block_bytes"], self._dtype.itemsize
+        first = (self._tokens_start + starts * size) // block_bytes
+        last = np.maximum(first, (self._tokens_start + stops * size - 1) // block_bytes)
+        for further in range(int((last - first).max()) + 1):
+            blocks = np.minimum(first + further, last)
+            for block in np.unique(blocks[~self._checked[blocks]]).tolist():
+                self._check(block)
+
+    def read_predicted(self, start: int, stop: int) -> np.ndarray:
+        """Return which of the tokens [start, stop) a model should say: bool, all True in a shard without `has_predicted`. Raises DataError as `read` does."""
+        assert 0 <= start <= stop <= self.num_tokens
+        if not self.has_predicted:
+            return np.ones(stop - start, bool)
+        packed = self._read(self._predicted_start + start // 8, self._predicted_start + -(-stop // 8), np.dtype(np.uint8))
+        return np.unpackbits(packed, count=stop - start // 8 * 8, bitorder="little")[start % 8 :].astype(bool)
 
     def verify(self) -> None:
         """Check every block, whether or not it was checked before. Raises DataError at the first that is not what was written."""
@@ -147,10 +183,11 @@ class Shard:
         for block in range(start // block_bytes, -(-stop // block_bytes)):
             if not self._checked[block]:
                 self._check(block)
-        return np.frombuffer(self._payload[start:stop], dtype).astype(np.int64)
+        return np.frombuffer(self._payload[start:stop], dtype)
 
     def _check(self, block: int) -> None:
         block_bytes = self.header["block_bytes"]
         if xxhash.xxh64_intdigest(self._payload[block * block_bytes : (block + 1) * block_bytes]) != self._checksums[block]:
             raise DataError(f"token shard {self.path}: block {block} of {len(self._checked)} does not match its checksum; {_REMEDY}.")
         self._checked[block] = True
+        self.is_checked = bool(self._checked.all())

@@ -1,35 +1,39 @@
 """Position in the data -> batch: a pure function, the same on any number of ranks, so that resuming needs one integer.
 
-Text: sample i of a shard has the inputs [i*T, i*T + T) and, as labels, the tokens one further on: documents are packed, samples overlap by one token,
-and every token but the first of a shard is predicted exactly once. Pairs: sample i is pair i of the corpus; every token of its target is predicted once,
-and a batch is as wide as its longest sample asks. The order of an epoch is a keyed permutation, computed and not stored.
+Packed text: sample i of a shard has the inputs [i*T, i*T + T) and, as labels, the tokens one further on: documents are packed, samples overlap by one token,
+and every token but the first of a shard is predicted exactly once. Documents: sample i is document i of the corpus. Pairs: sample i is pair i; every token of its
+target is predicted once. A batch of documents or pairs is as wide as its longest sample asks. Which sample stands at which position is in `order.py`.
 Nothing here knows the rank. Needs numpy; the trainer makes tensors.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
 
-from dqtrain.data.prepare import read_index
+from dqtrain.data.folder import Folder, open_folder
+from dqtrain.data.order import Order, grouped
 from dqtrain.data.shard import Shard
 from dqtrain.errors import DataError
 from dqtrain.files import write_whole
 
 IGNORED = -100
 """Label where there is nothing to predict."""
-_ROUNDS = 8
 _WIDTH = 8
-"""Widths of batches of pairs are multiples of this, which matrix units like; few widths also mean few kernels."""
+"""Widths of batches that are padded are multiples of this, which matrix units like; few widths also mean few kernels."""
+_OPEN_SHARDS = 8192
+"""Shards that are mapped at a time; Linux lets a process have 65,530 maps."""
+_ORDERED, _CHECKED = 4096, 64
+"""Samples whose order is computed at a time, and samples of packed text whose blocks are checked at a time: numpy's calls cost more than few numbers do."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples side by side, padded on the right."""
+class Batch(NamedTuple):
+    """Samples side by side, padded on the right. Its arrays may share memory: they are not to be written to."""
 
     input_ids: np.ndarray
     """What the decoder, or the causal model, reads: int64 [samples, tokens]."""
@@ -41,61 +45,66 @@ class Batch:
     """What the encoder reads: int64 [samples, source tokens]; None for a causal model."""
     source_is_real: np.ndarray | None = None
     """Where `source_ids` is no padding: bool [samples, source tokens]."""
+    positions: np.ndarray | None = None
+    """Where each input stands in its document, from 0 at the beginning of the sample: int64 [samples, tokens]; None where attention sees the whole sample."""
+    left_out: np.ndarray | None = None
+    """Samples of quarantined shards, which have no targets: bool [samples]; None: no sample."""
+
+    def without_targets(self) -> "Batch":
+        """The same inputs, and nothing to predict."""
+        return self._replace(labels=np.full_like(self.labels, IGNORED))
 
 
 def write_batches(path: Path, batches: Sequence[tuple[int, Batch]]) -> None:
     """Keep micro-batches, with their numbers in the step, as safetensors NUMBER.FIELD. Raises OSError."""
-    arrays = {f"{number}.{name}": array for number, batch in batches for name, array in vars(batch).items() if array is not None}
+    arrays = {f"{number}.{name}": np.ascontiguousarray(array) for number, batch in batches for name, array in batch._asdict().items() if array is not None}
     path.parent.mkdir(exist_ok=True)
     write_whole(path, [save(arrays)])
 
 
-def permute(index: np.ndarray, length: int, key: tuple[int, int]) -> np.ndarray:
-    """Map each index in [0, length) to its place in a pseudo-random permutation of [0, length): int64, shaped as `index`.
+@dataclass(frozen=True)
+class Interleaving:
+    """How the sources of a split, and its parts, take turns."""
 
-    `key` is (seed, epoch). A Feistel network over the next power of four; what falls outside is sent through again until it
-    falls inside (cycle walking: Black and Rogaway 2002, section 4), about four times at most on average.
-    """
-    half = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    round_keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
-    result = np.array(index, np.uint64).reshape(-1)
-    outside = np.arange(len(result))
-    while len(outside):
-        left, right = result[outside] >> half, result[outside] & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
-        result[outside] = left << half | right
-        outside = outside[result[outside] >= length]
-    return result.astype(np.int64).reshape(np.shape(index))
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64 (the finalizer of SplitMix64: Steele, Lea and Flood 2014)."""
-    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return value ^ value >> np.uint64(31)
+    stages: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    """(first position, weights of the sources), the first from 0; none: the sources are one corpus."""
+    parts: int = 1
+    """Streams that the order is made of, each over its own shards."""
+    micro_batch: int = 1
+    """Samples that a part gives at a time."""
 
 
 class AnyStream(ABC):
-    """The samples of a folder that `prepare` made, in an order that depends on `seed` and the epoch alone.
+    """The samples of folders that `prepare` made, in an order that depends on `seed` and `interleaving` alone.
 
-    Raises DataError when the index or a shard is missing, damaged or of another version, or when there is nothing to predict.
+    Raises DataError when an index is missing, damaged or of another version, when folders do not belong together, or when there is nothing to predict; and for a shard
+    that is missing or damaged when it is read, unless `quarantine` is set: then its samples have no targets, and `left_out` says so.
     """
 
-    def __init__(self, folder: Path, seed: int, shuffle: bool) -> None:
-        self._index: dict[str, Any] = read_index(folder)
-        self.seed = seed
-        self.shuffle = shuffle
-        self.vocab_size: int = self._index["vocab_size"]
-        self._shards = [Shard(folder / entry["file"]) for entry in self._index["shards"]]
-        for shard, entry in zip(self._shards, self._index["shards"], strict=True):
-            if shard.checksum != entry["checksum"]:
-                raise DataError(f"token shard {shard.path} is not the one that the index names; delete {folder} and run dqtrain prepare again.")
-        self._sample_ends = np.cumsum([self._num_samples(shard) for shard in self._shards])
+    def __init__(
+        self, folders: Path | Sequence[Path | Folder], seed: int, shuffle: bool, interleaving: Interleaving = Interleaving(), quarantine: bool = False
+    ):
+        listed = [folders] if isinstance(folders, Path) else folders
+        self.folders = [open_folder(folder) if isinstance(folder, Path) else folder for folder in listed]
+        first = self.folders[0]
+        self.vocab_size = max(folder.vocab_size for folder in self.folders)
+        for folder in self.folders:
+            if folder.facts["tokenizer_hash"] != first.facts["tokenizer_hash"]:
+                raise DataError(f"{folder.name} and {first.name} were made with different tokenizers. Prepare both with the same one.")
+            if not quarantine:
+                folder.check()
+        sizes = [self._num_samples(folder) for folder in self.folders]
+        for folder, count in zip(self.folders, sizes, strict=True):
+            if not count.sum():
+                raise DataError(f"the shards in {folder.name} hold {int(folder.num_tokens.sum())} token, but a sample needs 2; give a longer corpus.")
+        self._sample_ends = np.cumsum(np.concatenate(sizes))
+        self._shard_ends = np.cumsum([len(count) for count in sizes])
         self.num_samples = int(self._sample_ends[-1])
-        if not self.num_samples:
-            raise DataError(f"the shards in {folder} hold {self._index['num_tokens']} token, but a sample needs 2; give a longer corpus.")
+        self.order = Order([count.tolist() for count in sizes], seed, shuffle, interleaving.stages, interleaving.parts, interleaving.micro_batch)
+        self._num_tokens = np.concatenate([folder.num_tokens for folder in self.folders])
+        self._num_checked = 0  # shards of which every block was checked
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self.quarantine, self.quarantined = quarantine, dict[int, str]()
 
     @property
     @abstractmethod
@@ -107,44 +116,93 @@ class AnyStream(ABC):
         """Return what is read and what is predicted of sample i in corpus order: int64 [tokens] each."""
 
     @abstractmethod
-    def _num_samples(self, shard: Shard) -> int: ...
+    def _num_samples(self, folder: Folder) -> np.ndarray:
+        """Samples of each shard."""
 
     @abstractmethod
     def _batch(self, samples: np.ndarray) -> Batch: ...
 
     def batch(self, positions: np.ndarray | range) -> Batch:
-        """Return the samples at positions counted from the start of the run: position p is in epoch p // num_samples."""
-        epochs, samples = np.divmod(np.asarray(positions, np.int64), self.num_samples)
-        if self.shuffle:
-            for epoch in np.unique(epochs):
-                samples[epochs == epoch] = permute(samples[epochs == epoch], self.num_samples, (self.seed, int(epoch)))
-        return self._batch(samples)
+        """Return the samples at positions counted from the start of the run."""
+        return self._batch(self.order.at(positions))
 
     def micro_batch(self, step: int, j: int, global_batch: int, micro_batch: int) -> Batch:
         """Return micro-batch j of a step, the same whichever rank asks; steps count from 0, sizes are in samples.
 
         Beyond the step's last one it is that one without target tokens, for a rank that has no work left but takes part in the collectives.
         """
-        count = global_batch // micro_batch
-        start = step * global_batch + min(j, count - 1) * micro_batch
-        batch = self.batch(range(start, start + micro_batch))
-        if j >= count:
-            batch.labels.fill(IGNORED)
-        return batch
+        return next(self.steps(step, [j], global_batch, micro_batch))[0][1]
 
-    def _find(self, i: int) -> tuple[Shard, int]:
-        """The shard that holds sample i, and its number there."""
-        number = int(np.searchsorted(self._sample_ends, i, side="right"))
-        return self._shards[number], i - int(self._sample_ends[number - 1] if number else 0)
+    def steps(self, first: int, numbers: Sequence[int], global_batch: int, micro_batch: int) -> Iterator[list[tuple[int, Batch]]]:
+        """Yield, for step `first` and all that follow it, (j, micro-batch j) for each j of `numbers`: what `micro_batch` gives, with less work for each."""
+        count = global_batch // micro_batch
+        ahead = 1  # the first step is wanted at once
+        while True:
+            starts = [step * global_batch + min(j, count - 1) * micro_batch for step in range(first, first + ahead) for j in numbers]
+            samples = self.order.at((np.array(starts)[:, None] + np.arange(micro_batch)).reshape(-1))
+            batches = self._batches(samples, micro_batch)
+            for _ in range(ahead):
+                yield [(j, batch if j < count else batch.without_targets()) for j, batch in zip(numbers, batches, strict=False)]
+            first += ahead
+            ahead = max(1, _ORDERED // (len(numbers) * micro_batch))
+
+    def _batches(self, samples: np.ndarray, micro_batch: int) -> Iterator[Batch]:
+        for start in range(0, len(samples), micro_batch):
+            yield self._batch(samples[start : start + micro_batch])
+
+    def _find(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard, counted over all folders, that holds each sample, and its number there."""
+        shards = np.searchsorted(self._sample_ends, samples, side="right")
+        return shards, samples - np.where(shards, self._sample_ends[shards - 1], 0)
+
+    def folder_of(self, shard: int) -> tuple[Folder, int]:
+        """The folder that holds a shard, counted over all folders, and its number there."""
+        folder = int(np.searchsorted(self._shard_ends, shard, side="right"))
+        return self.folders[folder], shard - (int(self._shard_ends[folder - 1]) if folder else 0)
+
+    def _open(self, shard: int) -> Shard:
+        found = self._shards.get(shard)
+        if found is None:
+            folder, number = self.folder_of(shard)
+            found = self._shards[shard] = folder.open(number)
+            if len(self._shards) > _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        return found
+
+    def _read(self, shards: np.ndarray, read: Callable[[Shard, np.ndarray], None]) -> np.ndarray | None:
+        """Call `read(shard, rows)` for each shard of `shards` [rows]; return which rows could not be read, if any may be: bool [rows]."""
+        lost: np.ndarray | None = None
+        for (number,), rows in grouped(shards):
+            try:
+                if number in self.quarantined:
+                    raise DataError(self.quarantined[number])
+                read(self._open(number), rows)
+            except DataError as error:
+                if not self.quarantine:
+                    raise
+                self.quarantined[number] = str(error)
+                lost = np.zeros(len(shards), bool) if lost is None else lost
+                lost[rows] = True
+        return lost
 
 
 class Stream(AnyStream):
-    """Text: every sample has `tokens_per_sample` tokens."""
+    """Packed text: every sample has `tokens_per_sample` tokens. With `within`, a token is not to attend to other documents than its own."""
 
-    def __init__(self, folder: Path, tokens_per_sample: int, seed: int, shuffle: bool) -> None:
-        self.tokens_per_sample = tokens_per_sample
-        super().__init__(folder, seed, shuffle)
-        assert "pairs" not in self._index, f"{folder} holds pairs"
+    def __init__(
+        self,
+        folders: Path | Sequence[Path | Folder],
+        tokens_per_sample: int,
+        seed: int,
+        shuffle: bool,
+        interleaving: Interleaving = Interleaving(),
+        quarantine: bool = False,
+        within: bool = False,
+    ) -> None:
+        self.tokens_per_sample, self.within = tokens_per_sample, within
+        super().__init__(folders, seed, shuffle, interleaving, quarantine)
+        self._dtype = self.folders[0].dtype
+        assert all(folder.dtype == self._dtype for folder in self.folders), "one tokenizer, one dtype"
 
     @property
     def mean_tokens(self) -> float:
@@ -153,20 +211,126 @@ class Stream(AnyStream):
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of sample i in corpus order, each int64 [tokens_per_sample], padded with 0 and -100."""
-        shard, number = self._find(i)
-        start = number * self.tokens_per_sample
-        window = shard.read(start, min(start + self.tokens_per_sample + 1, shard.num_tokens))
-        num_tokens = len(window) - 1
-        ids, labels = (np.full(self.tokens_per_sample, fill, np.int64) for fill in (0, IGNORED))
-        ids[:num_tokens], labels[:num_tokens] = window[:-1], window[1:]
-        return ids, labels
+        batch = self._batch(np.array([i]))
+        return batch.input_ids[0], batch.labels[0]
 
-    def _num_samples(self, shard: Shard) -> int:
-        return -(-(shard.num_tokens - 1) // self.tokens_per_sample)
+    def _num_samples(self, folder: Folder) -> np.ndarray:
+        assert "pairs" not in folder.facts, f"{folder.name} holds pairs"
+        return np.maximum(0, -(-(folder.num_tokens - 1) // self.tokens_per_sample))
+
+    def _batches(self, samples: np.ndarray, micro_batch: int) -> Iterator[Batch]:
+        width, size = self.tokens_per_sample + 1, self._dtype.itemsize
+        shards, numbers = self._find(samples)
+        starts = numbers * self.tokens_per_sample
+        lengths = np.minimum(width, self._num_tokens[shards] - starts)
+        together = max(1, _CHECKED // micro_batch) * micro_batch
+        for first in range(0, len(samples), together):
+            these = slice(first, first + together)
+            lost = self._check(shards[these], starts[these], lengths[these])
+            names = shards[these].tolist()
+            opened = {name: self._shards.get(name) for name in set(names)}
+            if lost is None and not self.within and lengths[these].min() == width and not any(shard.has_predicted for shard in opened.values() if shard):
+                froms, tos = (starts[these] * size).tolist(), ((starts[these] + width) * size).tolist()
+                # Joining slices of the maps copies each token once, without numpy's calls for each row or shard.
+                slices = [opened[name].bytes[start:stop] for name, start, stop in zip(names, froms, tos, strict=True)]  # type: ignore[union-attr]
+                for start in range(0, len(names), micro_batch):
+                    ids = np.frombuffer(b"".join(slices[start : start + micro_batch]), self._dtype).reshape(-1, width).astype(np.int64)
+                    yield Batch(ids[:, :-1], ids[:, 1:], samples[first + start : first + start + micro_batch])
+            else:
+                for start in range(first, first + len(names), micro_batch):
+                    rows = slice(start, start + micro_batch)
+                    left_out = None if lost is None else lost[start - first : start - first + micro_batch]
+                    yield self._careful_batch(samples[rows], [opened[name] for name in shards[rows].tolist()], starts[rows], lengths[rows], left_out)
 
     def _batch(self, samples: np.ndarray) -> Batch:
-        ids, labels = zip(*(self.sample(int(i)) for i in samples), strict=True)
-        return Batch(np.stack(ids), np.stack(labels), samples)
+        return next(self._batches(samples, len(samples)))
+
+    def _check(self, shards: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+        """Open the shards and check the blocks that the samples lie in; which samples have none: bool [samples], None where all have."""
+        if self._num_checked == len(self._sample_ends):
+            return None
+
+        def check(shard: Shard, rows: np.ndarray) -> None:
+            if not shard.is_checked:
+                shard.check(starts[rows], starts[rows] + lengths[rows])
+                self._num_checked += shard.is_checked
+
+        return self._read(shards, check)
+
+    def _careful_batch(self, samples: np.ndarray, shards: Sequence[Shard | None], starts: np.ndarray, lengths: np.ndarray, lost: np.ndarray | None) -> Batch:
+        """Samples of which something is padded, lost or not predicted, or that are to be attended to document by document."""
+        input_ids, labels = (np.full((len(samples), self.tokens_per_sample), fill, np.int64) for fill in (0, IGNORED))
+        positions = np.tile(np.arange(self.tokens_per_sample), (len(samples), 1)) if self.within else None
+        for row, (shard, start, length) in enumerate(zip(shards, starts.tolist(), lengths.tolist(), strict=True)):
+            if shard is None or (lost is not None and lost[row]):
+                continue
+            tokens = shard.read(start, start + length)
+            input_ids[row, : length - 1] = tokens[:-1]
+            is_label = shard.read_predicted(start + 1, start + length)
+            if positions is not None:
+                places = _positions(shard.document_ends, start, length)
+                positions[row, : length - 1] = places[:-1]
+                is_label = is_label & (places[1:] > 0)  # no token that it may see says the first one of a document
+            labels[row, : length - 1] = np.where(is_label, tokens[1:], IGNORED)
+        return Batch(input_ids, labels, samples, positions=positions, left_out=lost)
+
+
+def _positions(document_ends: np.ndarray, start: int, width: int) -> np.ndarray:
+    """Where each token from `start` on stands in its document, or behind `start`, where that is nearer: int64 [width]."""
+    first, last = np.searchsorted(document_ends, [start + 1, start + width])
+    begins = np.zeros(width, np.int64)
+    begins[document_ends[first:last] - start] = document_ends[first:last] - start
+    return np.arange(width) - np.maximum.accumulate(begins)
+
+
+class DocumentStream(AnyStream):
+    """Text, one document per sample, of which what is beyond `tokens_per_sample` is cut off. Batches are padded with 0 to a multiple of 8."""
+
+    def __init__(
+        self,
+        folders: Path | Sequence[Path | Folder],
+        tokens_per_sample: int,
+        seed: int,
+        shuffle: bool,
+        interleaving: Interleaving = Interleaving(),
+        quarantine: bool = False,
+    ) -> None:
+        self.tokens_per_sample = tokens_per_sample
+        super().__init__(folders, seed, shuffle, interleaving, quarantine)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean tokens of a document, or `tokens_per_sample` where that is less."""
+        return min(float(self.tokens_per_sample), sum(int(folder.num_tokens.sum()) for folder in self.folders) / self.num_samples)
+
+    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (input_ids, labels) of document i: int64 [tokens], those it has without its last one. A document of one token has that and no label."""
+        (shard,), (number,) = self._find(np.array([i]))
+        return self._document(self._open(int(shard)), int(number))
+
+    def _num_samples(self, folder: Folder) -> np.ndarray:
+        assert "pairs" not in folder.facts, f"{folder.name} holds pairs"
+        return folder.num_documents
+
+    def _document(self, shard: Shard, number: int) -> tuple[np.ndarray, np.ndarray]:
+        ends = shard.read_document_ends(max(0, number - 1), number + 1).tolist()
+        start = ends[0] if number else 0
+        stop = min(ends[-1], start + self.tokens_per_sample + 1)
+        tokens = shard.read(start, stop)
+        labels = np.where(shard.read_predicted(start, stop), tokens, IGNORED)[1:]
+        return (tokens[:-1], labels) if len(tokens) > 1 else (tokens, np.array([IGNORED]))
+
+    def _batch(self, samples: np.ndarray) -> Batch:
+        shards, numbers = self._find(samples)
+        rows = [(np.zeros(1, np.int64), np.full(1, IGNORED))] * len(samples)
+
+        def read(shard: Shard, among: np.ndarray) -> None:
+            for row in among.tolist():
+                rows[row] = self._document(shard, int(numbers[row]))
+
+        lost = self._read(shards, read)
+        width = _width([len(ids) for ids, _ in rows], self.tokens_per_sample)
+        return Batch(_padded([ids for ids, _ in rows], width, 0), _padded([labels for _, labels in rows], width, IGNORED), samples, left_out=lost)
 
 
 class PairStream(AnyStream):
@@ -175,46 +339,68 @@ class PairStream(AnyStream):
     `pad_token_id` pads what is read. Widths are a multiple of 8, or the longest that `prepare` cut to, whichever is less.
     """
 
-    def __init__(self, folder: Path, seed: int, shuffle: bool, pad_token_id: int, decoder_start_token_id: int | None) -> None:
-        super().__init__(folder, seed, shuffle)
-        assert self._index.get("encoder_decoder") == (decoder_start_token_id is not None), f"{folder} was not prepared for this model"
+    def __init__(
+        self,
+        folders: Path | Sequence[Path | Folder],
+        seed: int,
+        shuffle: bool,
+        pad_token_id: int,
+        decoder_start_token_id: int | None,
+        interleaving: Interleaving = Interleaving(),
+        quarantine: bool = False,
+    ) -> None:
+        super().__init__(folders, seed, shuffle, interleaving, quarantine)
+        for folder in self.folders:
+            assert folder.facts.get("encoder_decoder") == (decoder_start_token_id is not None), f"{folder.name} was not prepared for this model"
         self.pad_token_id = pad_token_id
         self.decoder_start_token_id = decoder_start_token_id
-        self._source_tokens: int = self._index["pairs"]["source_tokens"]
-        self._target_tokens: int = self._index["pairs"]["target_tokens"]
+        self._source_tokens: int = self.folders[0].facts["pairs"]["source_tokens"]
+        self._target_tokens: int = self.folders[0].facts["pairs"]["target_tokens"]
 
     @property
     def mean_tokens(self) -> float:
         """Mean tokens of source and target together."""
-        return self._index["num_tokens"] / self.num_samples
+        return sum(int(folder.num_tokens.sum()) for folder in self.folders) / self.num_samples
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (source, target) of pair i in corpus order, with their special tokens: int64 [source tokens] and [target tokens]."""
-        shard, number = self._find(i)
-        ends = shard.read_document_ends(max(0, 2 * number - 1), 2 * number + 2)
+        (shard,), (number,) = self._find(np.array([i]))
+        return self._pair(self._open(int(shard)), int(number))
+
+    def _num_samples(self, folder: Folder) -> np.ndarray:
+        return folder.num_documents // 2
+
+    def _pair(self, shard: Shard, number: int) -> tuple[np.ndarray, np.ndarray]:
+        ends = shard.read_document_ends(max(0, 2 * number - 1), 2 * number + 2).tolist()
         start, middle, end = ends if number else (0, *ends)
-        tokens = shard.read(int(start), int(end))
+        tokens = shard.read(start, end)
         return tokens[: middle - start], tokens[middle - start :]
 
-    def _num_samples(self, shard: Shard) -> int:
-        return shard.header["num_documents"] // 2
-
     def _batch(self, samples: np.ndarray) -> Batch:
-        sources, targets = zip(*(self.sample(int(i)) for i in samples), strict=True)
-        if self.decoder_start_token_id is None:
-            width = _width([len(source) + len(target) - 1 for source, target in zip(sources, targets, strict=True)], self._source_tokens + self._target_tokens)
-            inputs = [np.append(source, target[:-1]) for source, target in zip(sources, targets, strict=True)]
+        shards, numbers = self._find(samples)
+        start = self.decoder_start_token_id
+        pairs = [(np.array([self.pad_token_id]), np.array([IGNORED]))] * len(samples)
+
+        def read(shard: Shard, rows: np.ndarray) -> None:
+            for row in rows.tolist():
+                pairs[row] = self._pair(shard, int(numbers[row]))
+
+        lost = self._read(shards, read)
+        if start is None:
+            width = _width([len(source) + len(target) - 1 for source, target in pairs], self._source_tokens + self._target_tokens)
+            inputs = [np.append(source, target[:-1]) for source, target in pairs]
             # The last token of the source says the first one of the target.
-            labels = [np.append(np.full(len(source) - 1, IGNORED), target) for source, target in zip(sources, targets, strict=True)]
-            return Batch(_padded(inputs, width, self.pad_token_id), _padded(labels, width, IGNORED), samples)
-        width = _width([len(target) for target in targets], self._target_tokens)
-        source_width = _width([len(source) for source in sources], self._source_tokens)
+            labels = [np.append(np.full(len(source) - 1, IGNORED), target) for source, target in pairs]
+            return Batch(_padded(inputs, width, self.pad_token_id), _padded(labels, width, IGNORED), samples, left_out=lost)
+        width = _width([len(target) for _, target in pairs], self._target_tokens)
+        source_width = _width([len(source) for source, _ in pairs], self._source_tokens)
         return Batch(
-            _padded([np.append(self.decoder_start_token_id, target[:-1]) for target in targets], width, self.pad_token_id),
-            _padded(targets, width, IGNORED),
+            _padded([np.append(start, target[:-1]) for _, target in pairs], width, self.pad_token_id),
+            _padded([target for _, target in pairs], width, IGNORED),
             samples,
-            _padded(sources, source_width, self.pad_token_id),
-            np.arange(source_width) < np.array([[len(source)] for source in sources]),
+            _padded([source for source, _ in pairs], source_width, self.pad_token_id),
+            np.arange(source_width) < np.array([[len(source)] for source, _ in pairs]),
+            left_out=lost,
         )
 
 

@@ -9,7 +9,7 @@ what is left out counts as 0. A sample has the same words in every epoch.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -44,24 +44,24 @@ Words = dict[str, Tensor]
 """What is stored of one sample: `hidden` [target tokens, width], or `lengths` [target tokens] of the ids of each, and `ids` and `shares`, one token behind the other."""
 
 
-def cache_folder(shards: Path, settings: TeacherSettings, teacher: Path, layout: dict[str, Any], seed: int, precision: str) -> Path:
-    """Where the words of the teacher in a model directory are kept for the samples of a folder of shards; `layout` is what makes samples of the shards.
+def cache_folder(shards: Sequence[Path], settings: TeacherSettings, teacher: Path, layout: dict[str, Any], seed: int, precision: str) -> Path:
+    """Where the words of the teacher in a model directory are kept for the samples of folders of shards; `layout` is what makes samples of the shards.
 
     The name changes with every byte of the model, with the shards, the layout and what is stored, and where ids are drawn with their number and `seed`.
     """
-    index = read_index(shards)
+    indices = [read_index(folder) for folder in shards]
     identity = {
         "version": VERSION,
         "teacher": {path.name: digest(path) for path in weight_files(teacher)},
         "dtype": settings.dtype,
-        "tokenizer": index["tokenizer_hash"],
-        "shards": [shard["checksum"] for shard in index["shards"]],
+        "tokenizer": indices[0]["tokenizer_hash"],
+        "shards": [shard["checksum"] for index in indices for shard in index["shards"]],
         "layout": layout,
         "precision": precision,
         "drawn": None if settings.source == "hidden" else [settings.draws, seed if settings.source == "sampled" else None],
     }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return shards / f"teacher-{settings.source}-{name}"
+    return shards[0] / f"teacher-{settings.source}-{name}"
 
 
 def write_cache(

@@ -9,23 +9,32 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqtrain.config import Pairs
-from dqtrain.data import corpus
-from dqtrain.data.corpus import LEAK_BYTES, SPLITS, STDLIB, documents, pairs, references, stdlib_summary
+from dqtrain.config import Pairs, Source
+from dqtrain.data import sources, stdlib
+from dqtrain.data.corpus import documents, find_corpus, pairs, references
 from dqtrain.data.docstrings import DOCSTRINGS, docstring_pairs
+from dqtrain.data.sources import LeftOut
+from dqtrain.data.stdlib import LEAK_BYTES, SPLITS, STDLIB, stdlib_summary, stdlib_texts
 from dqtrain.errors import DataError
 
 PAIRS = Pairs(source="mr", target="ref", template="say: {source}", source_tokens=8, target_tokens=8)
 
 
-def read(path: Path, text_field: str = "text") -> list[tuple[str, bool]]:
-    return list(documents(str(path), "train", text_field))
+def read(path: Path | str, split: str = "train", left_out: LeftOut | None = None, **how) -> list[tuple[str, bool]]:
+    """All pieces of a source, unit by unit."""
+    corpus = find_corpus(Source(path=str(path), **how), split)
+    return [piece for unit in corpus.units for piece in documents(corpus, unit, left_out or LeftOut(0))]
+
+
+def read_as_pairs(path: Path | str, split: str = "train") -> list[tuple[str, str]]:
+    corpus = find_corpus(Source(path=str(path)), split, PAIRS)
+    return [pair for unit in corpus.units for pair in pairs(corpus, unit, LeftOut(0))]
 
 
 def test_json_lines_are_documents(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "één\\n"}\n\n{"question": ""}\n{"question": "two", "answer": 2}', encoding="utf-8")
-    assert read(path, "question") == [("één\n", True), ("two", True)]
+    assert read(path, text="{question}") == [("één\n", True), ("two", True)]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +64,7 @@ def test_plain_text_is_one_document_in_bounded_pieces(tmp_path, text):
     pieces = read(path)
     assert "".join(piece for piece, _ in pieces) == text
     assert [ends for _, ends in pieces] == ([False] * len(pieces) + [True])[-len(pieces) :] if pieces else not text
-    assert all(0 < len(piece) <= 2 * corpus.PIECE_CHARS for piece, _ in pieces)
+    assert all(0 < len(piece) <= 2 * sources.PIECE_BYTES for piece, _ in pieces)
     if "\n" in text:
         assert all(piece.endswith("\n") for piece, _ in pieces)
 
@@ -69,14 +78,14 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 @pytest.mark.parametrize("source", ["nowhere.txt", "builtin:c-stdlib"])
 def test_a_source_that_is_not_there_is_named(source):
     with pytest.raises(DataError, match=source):
-        documents(source, "train", "text")
+        find_corpus(Source(path=source), "train")
 
 
 def test_stdlib_splits_are_whole_modules_of_real_files():
-    assert {split: len(list(documents(STDLIB, split, "text"))) for split in SPLITS} == {split: stdlib_summary()[split]["files"] for split in SPLITS}
-    modules = [{name.split("/")[0].removesuffix(".py") for name, _ in corpus._stdlib()[split]} for split in SPLITS]
+    assert {split: len(read(STDLIB, split)) for split in SPLITS} == {split: stdlib_summary()[split]["files"] for split in SPLITS}
+    modules = [{name.split("/")[0].removesuffix(".py") for name, _ in stdlib_texts()[split]} for split in SPLITS]
     assert not (modules[0] & modules[1] or modules[0] & modules[2] or modules[1] & modules[2])
-    test = corpus._stdlib()["test"]
+    test = stdlib_texts()["test"]
     assert all((Path(sysconfig.get_path("stdlib")) / name).read_text(encoding="utf-8") == text for name, text in test)
     total = sum(int(summary["bytes"]) for summary in stdlib_summary().values())
     assert 5e6 < total < 20e6
@@ -92,10 +101,10 @@ def windows(text: str, stride: int) -> set[int]:
 @pytest.mark.parametrize(("split", "held_out"), [("validation", ["test"]), ("train", ["validation", "test"])])
 def test_no_long_text_is_in_two_splits_of_the_stdlib(split, held_out):
     # Half-size windows find the candidates; each is then looked for as a whole, with str.find: nothing here shares code with the corpus.
-    seen = set().union(*(windows(text, LEAK_BYTES // 2 - 1) for other in held_out for text, _ in documents(STDLIB, other, "text")))
-    others = "\0".join(text for other in held_out for text, _ in documents(STDLIB, other, "text"))
+    seen = set().union(*(windows(text, LEAK_BYTES // 2 - 1) for other in held_out for text, _ in read(STDLIB, other)))
+    others = "\0".join(text for other in held_out for text, _ in read(STDLIB, other))
     num_candidates = 0
-    for text, _ in documents(STDLIB, split, "text"):
+    for text, _ in read(STDLIB, split):
         size = LEAK_BYTES // 2
         for start in range(len(text) - size + 1):
             if xxhash.xxh3_64_intdigest(text[start : start + size].encode()) in seen:
@@ -111,7 +120,7 @@ def test_leaks_go_by_lines_until_none_is_left():
     held_out = [("held_out", f"a = 1; {shared}b = 2\n"), ("seam", halves[0] + halves[1])]
     leaky = f"before = 'é'\n{shared}after = 'é'\n"
     seam = f"top\n{halves[0]}{shared}{halves[1]}bottom\n"
-    kept = corpus._without_leaks([("a", leaky), ("b", shared), ("c", "own\n" * 100), ("d", seam)], held_out)
+    kept = stdlib._without_leaks([("a", leaky), ("b", shared), ("c", "own\n" * 100), ("d", seam)], held_out)
     assert kept == [("a", "before = 'é'\nafter = 'é'\n"), ("c", "own\n" * 100), ("d", "top\nbottom\n")]
 
 
@@ -121,7 +130,7 @@ def test_stdlib_summary_is_json():
 
 def read_pairs(path: Path, content: str | bytes) -> list[tuple[str, str]]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return list(pairs(str(path), "train", PAIRS))
+    return read_as_pairs(path)
 
 
 def test_json_lines_are_pairs(tmp_path):
@@ -174,7 +183,7 @@ def test_a_bad_json_pair_is_named(tmp_path, line, message):
         (b'mr,ref\n"a\n1",b\nc\n', "4: the number of columns is 1, but 2 in the header. Put texts with commas"),
         (b"mr,ref\na,b\nc,d,e\n", "3: the number of columns is 3, but 2 in the header"),
         (b'mr,ref\na,b\n\n"c\n",\n', "4: the target, `ref`, is empty"),
-        (b'mr,ref\n"a" b,c\n', "2: not a row of csv .*Mend or remove it, or give the pairs as .jsonl"),
+        (b'mr,ref\n"a" b,c\n', "2: not a row of csv .*Mend or remove it, or give the corpus as .jsonl"),
         (b'mr,ref\na,b\nc,"d\ne,f\n', "3: not a row of csv"),
         (b"mr,ref\na,b\nc,\xe9\n", "3: not UTF-8"),
     ],
@@ -187,24 +196,24 @@ def test_a_bad_csv_row_is_named(tmp_path, content, message):
 def test_sources_of_the_other_kind_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for name, message in {
-        str(tmp_path / "a.txt"): r"a\.txt is no file of pairs that can be read; give a \.jsonl or \.csv file of pairs, or builtin:python-docstrings",
-        str(tmp_path / "b.csv"): r"b\.csv is not a file that can be read; give the path of a \.jsonl or \.csv file of pairs",
+        str(tmp_path / "a.txt"): r"a\.txt is no file of pairs that can be read; give \.jsonl, \.csv or \.parquet files of pairs, or builtin:python-docstrings",
+        str(tmp_path / "b.csv"): r"b\.csv is not a file that can be read; give a file \(\.txt, \.jsonl",
         STDLIB: f"{STDLIB} is text without targets; remove data.pairs, or name {DOCSTRINGS}",
         "builtin:c-docstrings": "`builtin:c-docstrings` is not built in",
     }.items():
         with pytest.raises(DataError, match=message):
-            pairs(name, "train", PAIRS)
+            find_corpus(Source(path=name), "train", PAIRS)
     with pytest.raises(DataError, match=f"{DOCSTRINGS} is pairs of a source and a target; set data.pairs, or name {STDLIB}"):
-        documents(DOCSTRINGS, "train", "text")
+        find_corpus(Source(path=DOCSTRINGS), "train")
 
 
 def test_docstrings_are_pairs():
-    assert all(list(pairs(DOCSTRINGS, split, PAIRS)) == docstring_pairs()[split] for split in SPLITS)
+    assert all(read_as_pairs(DOCSTRINGS, split) == docstring_pairs()[split] for split in SPLITS)
 
 
 def test_references_are_all_targets_of_a_source(tmp_path):
     (tmp_path / "a.csv").write_text("mr,ref\nb,1\na,2\nb,3\nb,1\n")
     (tmp_path / "b.jsonl").write_text('{"mr": "c", "ref": "4"}\n{"mr": "a", "ref": "5"}\n')
-    files = [str(tmp_path / "a.csv"), str(tmp_path / "b.jsonl")]
+    files = [Source(path=str(tmp_path / "a.csv")), Source(path=str(tmp_path / "b.jsonl"))]
     assert references(files, "test", PAIRS) == [("b", ["1", "3", "1"]), ("a", ["2", "5"]), ("c", ["4"])]
-    assert references(files[0], "test", PAIRS) == [("b", ["1", "3", "1"]), ("a", ["2"])]
+    assert references(files[:1], "test", PAIRS) == [("b", ["1", "3", "1"]), ("a", ["2"])]

@@ -1,17 +1,16 @@
-import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import prepare_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dqtrain.config import Pairs
-from dqtrain.data.prepare import END_OF_TEXT, _Report, load_tokenizer, prepare, tokenizer_hash, train_tokenizer
+from dqtrain.config import Data, Pairs, Source
+from dqtrain.data.prepare import END_OF_TEXT, load_tokenizer, prepare, tokenizer_hash, train_tokenizer
 from dqtrain.data.shard import Shard
 from dqtrain.errors import DataError
 
@@ -22,7 +21,7 @@ TEXT = "def area(width, height):\n    return width * height  # the area\n" * 5
 def tokenizer(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "a.txt").write_text(TEXT)
-    train_tokenizer(str(folder / "a.txt"), "text", 280, folder / "bpe")
+    train_tokenizer([Source(path=str(folder / "a.txt"))], 280, folder / "bpe")
     return folder / "bpe"
 
 
@@ -53,11 +52,11 @@ def test_the_tokenizer_gives_back_every_text(loaded, text):
 def test_the_tokenizer_is_deterministic_and_made_once(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     lines: list[str] = []
-    train_tokenizer([str(tmp_path / "a.txt")], "text", 280, tmp_path / "again", progress=lines.append)
+    train_tokenizer([Source(path=str(tmp_path / "a.txt"))], 280, tmp_path / "again", progress=lines.append)
     assert lines == [f"training a tokenizer of 280 entries on {tmp_path / 'a.txt'}"]
     assert content(tmp_path / "again") == content(tokenizer)
     assert tokenizer_hash(tmp_path / "again") == tokenizer_hash(tokenizer)
-    train_tokenizer("nowhere.txt", "text", 999, tmp_path / "again")
+    train_tokenizer([Source(path="nowhere.txt")], 999, tmp_path / "again")
     assert content(tmp_path / "again") == content(tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "again"]
 
@@ -65,7 +64,7 @@ def test_the_tokenizer_is_deterministic_and_made_once(tokenizer, tmp_path):
 def test_a_corpus_too_small_for_the_vocabulary_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(DataError, match=r"a\.txt gives a tokenizer of 259 entries, but data\.train_tokenizer\.vocab_size is 1000"):
-        train_tokenizer(str(tmp_path / "a.txt"), "text", 1000, tmp_path / "bpe")
+        train_tokenizer([Source(path=str(tmp_path / "a.txt"))], 1000, tmp_path / "bpe")
     assert not (tmp_path / "bpe").exists()
 
 
@@ -89,7 +88,7 @@ def test_tokenizers_that_cannot_be_used_are_named(tokenizer, tmp_path):
 
 
 def test_documents_become_tokens_with_an_end(corpus, tokenizer, loaded, tmp_path):
-    folder = prepare(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500)
+    folder = prepare_one(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500)
     index = json.loads((folder / "index.json").read_text())
     shards = [Shard(folder / entry["file"]) for entry in index["shards"]]
     texts = [json.loads(line)["text"] for line in Path(corpus).read_text().splitlines()]
@@ -109,59 +108,54 @@ def test_documents_become_tokens_with_an_end(corpus, tokenizer, loaded, tmp_path
 def test_a_long_text_ends_once_over_several_shards(tokenizer, loaded, tmp_path):
     text = "".join(f"{i}: é\n" for i in range(250_000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    folder = prepare(str(tmp_path / "a.txt"), "validation", tokenizer, tmp_path, tokens_per_shard=2**19)
+    folder = prepare_one(str(tmp_path / "a.txt"), "validation", tokenizer, tmp_path, tokens_per_shard=2**19)
     shards = [Shard(path) for path in sorted(folder.glob("*.bin"))]
     assert len(shards) == 3
     assert [shard.document_ends.tolist() for shard in shards] == [[], [], [shards[-1].num_tokens]]
     assert loaded.decode(np.concatenate([shard.read(0, shard.num_tokens) for shard in shards])) == text + END_OF_TEXT
 
 
-def test_several_sources_follow_one_another(tokenizer, loaded, tmp_path):
+def test_each_source_has_a_folder_of_its_own(tokenizer, loaded, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
-    folder = prepare([str(tmp_path / "b.txt"), str(tmp_path / "a.txt")], "train", tokenizer, tmp_path)
-    shard = Shard(folder / "shard-00000.bin")
-    assert loaded.decode(shard.read(0, shard.num_tokens)) == f"text b{END_OF_TEXT}text a{END_OF_TEXT}"
+    data = Data(train=(str(tmp_path / "b.txt"), Source(path=str(tmp_path / "a.txt"))), tokens_per_sample=8)
+    folders = prepare(data, "train", tokenizer, tmp_path)
+    shards = [Shard(folder / "shard-00000-00000.bin") for folder in folders]
+    assert [loaded.decode(shard.read(0, shard.num_tokens)) for shard in shards] == [f"text b{END_OF_TEXT}", f"text a{END_OF_TEXT}"]
+    assert prepare(data.model_copy(update={"train": str(tmp_path / "a.txt")}), "train", tokenizer, tmp_path) == folders[1:]
 
 
 @pytest.mark.parametrize("lost", [[], [-1], [1], [0], [-1, -2]])
 def test_a_killed_prepare_goes_on_and_ends_the_same(corpus, tokenizer, tmp_path, lost):
-    folder = prepare(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500)
+    folder = prepare_one(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500)
     whole = content(folder)
     shards = sorted(folder.glob("*.bin"))
     kept_times = {path: path.stat().st_mtime_ns for path in shards[: min((n % len(shards) for n in lost), default=len(shards))]}
     for number in lost:
         shards[number].unlink()
     (folder / "index.json").unlink()
-    assert prepare(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500) == folder
+    assert prepare_one(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500) == folder
     assert content(folder) == whole
     assert all(path.stat().st_mtime_ns == time for path, time in kept_times.items())
 
 
 def test_a_shard_that_went_missing_is_made_again(corpus, tokenizer, tmp_path):
-    folder = prepare(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500)
+    folder = prepare_one(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500)
     whole = content(folder)
-    (folder / "shard-00001.bin").unlink()
-    prepare(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500)
+    (folder / "shard-00000-00001.bin").unlink()
+    prepare_one(corpus, "train", tokenizer, tmp_path, tokens_per_shard=500)
     assert content(folder) == whole
 
 
 def test_what_is_there_is_returned_and_what_changed_is_not(corpus, tokenizer, tmp_path):
-    folder = prepare(corpus, "train", tokenizer, tmp_path)
+    folder = prepare_one(corpus, "train", tokenizer, tmp_path)
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert prepare([corpus], "train", tokenizer, tmp_path) == folder
+    assert prepare_one((corpus,), "train", tokenizer, tmp_path) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    assert prepare(corpus, "test", tokenizer, tmp_path) != folder
-    assert prepare(corpus, "train", tokenizer, tmp_path, tokens_per_shard=99) != folder
+    assert prepare_one(corpus, "test", tokenizer, tmp_path) != folder
+    assert prepare_one(corpus, "train", tokenizer, tmp_path, tokens_per_shard=99) != folder
     os.utime(corpus, ns=(0, 0))
-    assert prepare(corpus, "train", tokenizer, tmp_path) != folder
-
-
-def test_folders_of_text_keep_their_name(corpus, tokenizer, tmp_path):
-    status = os.stat(corpus)
-    described = [{"source": corpus, "size": status.st_size, "mtime_ns": status.st_mtime_ns}]
-    identity = json.dumps([1, described, "train", "text", tokenizer_hash(tokenizer), 2**24])
-    assert prepare(corpus, "train", tokenizer, tmp_path).name == f"train-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    assert prepare_one(corpus, "train", tokenizer, tmp_path) != folder
 
 
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n'])
@@ -169,29 +163,17 @@ def test_an_empty_corpus_is_refused(tokenizer, tmp_path, content):
     path = tmp_path / "empty.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=r"empty\.jsonl has no text for the split test"):
-        prepare(str(path), "test", tokenizer, tmp_path)
+        prepare_one(str(path), "test", tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_missing_corpus_is_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.txt is not a file"):
-        prepare(str(tmp_path / "nowhere.txt"), "train", tokenizer, tmp_path)
-
-
-def test_progress_is_told_once_a_second():
-    lines: list[str] = []
-    report = _Report("train", lines.append)
-    report.count(1000, False)
-    assert lines == []
-    report.started = report.told = report.told - 2  # as if two seconds had gone by
-    report.count(1000, True)
-    report.count(1000, True)
-    assert len(lines) == 1
-    assert re.fullmatch(r"tokenising train: 1 documents, 2,000 tokens, (1,000|9\d\d) tokens/s", lines[0])
+        prepare_one(str(tmp_path / "nowhere.txt"), "train", tokenizer, tmp_path)
 
 
 def test_the_stdlib_is_a_corpus(tokenizer, tmp_path):
-    folder = prepare("builtin:python-stdlib", "validation", tokenizer, tmp_path)
+    folder = prepare_one("builtin:python-stdlib", "validation", tokenizer, tmp_path)
     index = json.loads((folder / "index.json").read_text())
     assert index["num_documents"] > 5
     assert index["num_tokens"] > 100_000
@@ -228,7 +210,7 @@ def tokens_of(folder: Path) -> list[list[list[int]]]:
 def test_pairs_become_sources_and_targets_with_their_special_tokens(tokenizers, tmp_path, family, encoder_decoder, words, expected):
     corpus = write_pairs(tmp_path / "a.jsonl", [("a b", "c"), ("a b c d e f g", "d e f g")])
     settings = Pairs(template="say : {source}", source_tokens=6, target_tokens=4)
-    folder = prepare(corpus, "train", tokenizers[family], tmp_path, pairs=settings, encoder_decoder=encoder_decoder)
+    folder = prepare_one(corpus, "train", tokenizers[family], tmp_path, pairs=settings, encoder_decoder=encoder_decoder)
     assert tokens_of(folder) == [[[words[word] for word in text.split()] for text in expected]]
     index = json.loads((folder / "index.json").read_text())
     assert index["pairs"] == settings.model_dump() and index["encoder_decoder"] == encoder_decoder
@@ -248,7 +230,7 @@ def test_a_pair_is_in_one_shard_whatever_was_killed(tokenizers, tmp_path_factory
     corpus = write_pairs(root / "a.jsonl", pairs)
 
     def make() -> Path:
-        return prepare(
+        return prepare_one(
             corpus,
             "train",
             tokenizers["gpt2"],
@@ -270,7 +252,7 @@ def test_a_pair_is_in_one_shard_whatever_was_killed(tokenizers, tmp_path_factory
         assert sum(map(len, documents)) >= tokens_per_shard > sum(map(len, documents[:-2]))
     whole = content(folder)
     (folder / "index.json").unlink()
-    (folder / f"shard-{data.draw(st.integers(0, len(shards) - 1)):05d}.bin").unlink()
+    (folder / f"shard-00000-{data.draw(st.integers(0, len(shards) - 1)):05d}.bin").unlink()
     assert make() == folder
     assert content(folder) == whole
 
@@ -279,11 +261,12 @@ def test_settings_of_pairs_decide_the_folder(tokenizers, tmp_path):
     corpus = write_pairs(tmp_path / "a.jsonl", [("a", "b")])
     settings = Pairs(source_tokens=8, target_tokens=8)
     changes = [{}, {"source_tokens": 9}, {"target_tokens": 9}, {"template": "say {source}"}, {"source": "target", "target": "source"}]
-    folders = {prepare(corpus, "train", tokenizers["t5"], tmp_path, pairs=settings.model_copy(update=change)) for change in changes}
-    folders.add(prepare(corpus, "train", tokenizers["t5"], tmp_path, pairs=settings, encoder_decoder=True))
-    folders.add(prepare(corpus, "train", tokenizers["t5"], tmp_path, text_field="source"))
-    assert len(folders) == len(changes) + 2
-    assert prepare(corpus, "train", tokenizers["t5"], tmp_path, pairs=settings) in folders
+    folders = {prepare_one(corpus, "train", tokenizers["t5"], tmp_path, pairs=settings.model_copy(update=change)) for change in changes}
+    folders.add(prepare_one(corpus, "train", tokenizers["t5"], tmp_path, pairs=settings, encoder_decoder=True))
+    folders.add(prepare_one(Source(path=corpus, text="{source}"), "train", tokenizers["t5"], tmp_path))
+    folders.add(prepare_one(Source(path=corpus, text="{target}"), "train", tokenizers["t5"], tmp_path))
+    assert len(folders) == len(changes) + 3
+    assert prepare_one(corpus, "train", tokenizers["t5"], tmp_path, pairs=settings) in folders
 
 
 @pytest.mark.parametrize(
@@ -298,7 +281,7 @@ def test_settings_of_pairs_decide_the_folder(tokenizers, tmp_path):
 def test_a_cut_that_leaves_no_text_is_refused(tokenizers, tmp_path, family, encoder_decoder, lengths, message):
     corpus = write_pairs(tmp_path / "a.jsonl", [("a", "b")])
     with pytest.raises(DataError, match=message):
-        prepare(
+        prepare_one(
             corpus,
             "train",
             tokenizers[family],
@@ -312,10 +295,10 @@ def test_pairs_that_cannot_be_used_are_named(tokenizers, tokenizer, tmp_path):
     settings = Pairs(source_tokens=8, target_tokens=8)
     with pytest.raises(DataError, match=r"empty\.csv has no pairs for the split test"):
         (tmp_path / "empty.csv").write_text("source,target\n")
-        prepare(str(tmp_path / "empty.csv"), "test", tokenizers["t5"], tmp_path, pairs=settings)
+        prepare_one(str(tmp_path / "empty.csv"), "test", tokenizers["t5"], tmp_path, pairs=settings)
     with pytest.raises(DataError, match=r"a\.txt is no file of pairs"):
         (tmp_path / "a.txt").write_text("text")
-        prepare(str(tmp_path / "a.txt"), "test", tokenizers["t5"], tmp_path, pairs=settings)
+        prepare_one(str(tmp_path / "a.txt"), "test", tokenizers["t5"], tmp_path, pairs=settings)
     nothing = tmp_path / "nothing"
     shutil.copytree(tokenizer, nothing)
     description = json.loads((nothing / "tokenizer.json").read_text())
@@ -323,20 +306,20 @@ def test_pairs_that_cannot_be_used_are_named(tokenizers, tokenizer, tmp_path):
     (nothing / "tokenizer.json").write_text(json.dumps(description))
     corpus = write_pairs(tmp_path / "a.jsonl", [("a", "b"), ("~~", "b")])
     with pytest.raises(DataError, match="the tokenizer makes no token of the source `~~`, but a target must follow one; mend or remove the pair"):
-        prepare(corpus, "test", nothing, tmp_path, pairs=settings)
+        prepare_one(corpus, "test", nothing, tmp_path, pairs=settings)
 
 
 def test_a_tokenizer_learns_from_both_sides_of_pairs(tmp_path):
     corpus = write_pairs(tmp_path / "a.jsonl", [("area area", "width width")] * 9)
     settings = Pairs(template="explain: {source}", source_tokens=8, target_tokens=8)
-    train_tokenizer(corpus, "text", 270, tmp_path / "bpe", pairs=settings)
+    train_tokenizer([Source(path=corpus)], 270, tmp_path / "bpe", pairs=settings)
     assert all(len(load_tokenizer(tmp_path / "bpe")(word)["input_ids"]) < len(word) for word in (" area", " width", "explain"))
     with pytest.raises(DataError, match="must have the text in `text`"):
-        train_tokenizer(corpus, "text", 270, tmp_path / "other")
+        train_tokenizer([Source(path=corpus)], 270, tmp_path / "other")
 
 
 def test_docstrings_are_a_corpus(tokenizer, tmp_path):
-    folder = prepare("builtin:python-docstrings", "validation", tokenizer, tmp_path, pairs=Pairs(source_tokens=256, target_tokens=64))
+    folder = prepare_one("builtin:python-docstrings", "validation", tokenizer, tmp_path, pairs=Pairs(source_tokens=256, target_tokens=64))
     documents = tokens_of(folder)[0]
     assert len(documents) > 1500
     assert max(map(len, documents[::2])) == 256

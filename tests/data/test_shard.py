@@ -11,9 +11,9 @@ from dqtrain.data.shard import BLOCK_BYTES, Shard, write_shard
 from dqtrain.errors import DataError
 
 
-def write(path, tokens, ends=(), vocab_size=2**17):
+def write(path, tokens, ends=(), vocab_size=2**17, predicted=None):
     facts = {"tokenizer_hash": "h", "source": "s.txt", "split": "train", "num_bytes": 7, "pieces_end": 3}
-    write_shard(path, np.asarray(tokens), np.asarray(ends, np.int64), vocab_size=vocab_size, **facts)
+    write_shard(path, np.asarray(tokens), np.asarray(ends, np.int64), vocab_size=vocab_size, predicted=predicted, **facts)
     return path
 
 
@@ -29,7 +29,9 @@ def test_round_trip(tmp_path_factory, data):
     vocab_size = data.draw(st.sampled_from([1, 300, 2**16, 2**16 + 1, 2**32]))
     tokens = data.draw(st.lists(st.integers(0, vocab_size - 1), max_size=50))
     ends = sorted(data.draw(st.sets(st.integers(1, len(tokens))))) if tokens else []
-    path = write(tmp_path_factory.mktemp("shard") / "a.bin", np.array(tokens, np.int64), ends, vocab_size)
+    predicted = data.draw(st.none() | st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+    said = None if predicted is None else np.array(predicted, bool)
+    path = write(tmp_path_factory.mktemp("shard") / "a.bin", np.array(tokens, np.int64), ends, vocab_size, said)
     shard = Shard(path)
     assert shard.num_tokens == len(tokens)
     assert shard.document_ends.tolist() == ends
@@ -40,6 +42,8 @@ def test_round_trip(tmp_path_factory, data):
     start, stop = sorted(data.draw(st.tuples(st.integers(0, len(tokens)), st.integers(0, len(tokens)))))
     assert shard.read(start, stop).dtype == np.int64
     assert shard.read(start, stop).tolist() == tokens[start:stop]
+    assert shard.read_predicted(start, stop).dtype == bool
+    assert shard.read_predicted(start, stop).tolist() == (predicted or [True] * len(tokens))[start:stop]
     shard.verify()
 
 
@@ -61,7 +65,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, bad):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**30))
 def test_any_flipped_bit_is_found(tmp_path_factory, where):
-    path = write(tmp_path_factory.mktemp("shard") / "a.bin", np.arange(100), [40, 100], vocab_size=300)
+    path = write(tmp_path_factory.mktemp("shard") / "a.bin", np.arange(100), [40, 100], vocab_size=300, predicted=np.arange(100) > 50)
     flip(path, where % path.stat().st_size)
     with pytest.raises(DataError, match=str(path)):
         Shard(path).verify()
@@ -105,10 +109,10 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
 
 def test_another_version_is_refused(tmp_path):
     path = write(tmp_path / "a.bin", [1, 2])
-    data = path.read_bytes().replace(b'"version": 1', b'"version": 2')
+    data = path.read_bytes().replace(b'"version": 2', b'"version": 1')
     end = 16 + int.from_bytes(data[8:16], "little")
     path.write_bytes(data[:end] + xxhash.xxh64_intdigest(data[:end]).to_bytes(8, "little") + data[end + 8 :])
-    with pytest.raises(DataError, match="has format version 2, but this dqtrain reads 1"):
+    with pytest.raises(DataError, match="has format version 1, but this dqtrain reads 2"):
         Shard(path)
 
 

@@ -2,13 +2,14 @@ import json
 
 import numpy as np
 import pytest
+from conftest import prepare_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dqtrain.config import Pairs
-from dqtrain.data.prepare import prepare, train_tokenizer
+from dqtrain.config import Pairs, Source
+from dqtrain.data.prepare import VERSION, train_tokenizer
 from dqtrain.data.shard import Shard, write_shard
-from dqtrain.data.stream import AnyStream, PairStream, Stream, permute
+from dqtrain.data.stream import AnyStream, DocumentStream, Interleaving, PairStream, Stream
 from dqtrain.errors import DataError
 
 seeds = st.integers(0, 2**31 - 1)
@@ -20,42 +21,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("stream")
     corpus = root / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": "some words, and more words: " * (1 + i % 5)}) + "\n" for i in range(23)))
-    train_tokenizer(str(corpus), "text", 260, root / "bpe")
-    return prepare(str(corpus), "train", root / "bpe", root, tokens_per_shard=600)
-
-
-@given(st.integers(1, 3000), st.tuples(seeds, seeds))
-def test_permute_is_a_bijection(length, key):
-    assert (np.sort(permute(np.arange(length), length, key)) == np.arange(length)).all()
-
-
-@given(st.integers(2**20, 2**40), st.tuples(seeds, seeds), st.data())
-def test_permute_is_one_to_one_and_elementwise_on_long_ranges(length, key, data):
-    index = np.array(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=20, unique=True)))
-    places = permute(index, length, key)
-    assert len(np.unique(places)) == len(index)
-    assert places.min() >= 0 and places.max() < length
-    assert (permute(index[::-1], length, key) == places[::-1]).all()
-
-
-@given(st.integers(50, 3000), seeds, st.integers(0, 1000))
-def test_permute_differs_between_epochs_and_seeds(length, seed, epoch):
-    order = permute(np.arange(length), length, (seed, epoch))
-    assert (order != np.arange(length)).any()
-    assert (order != permute(np.arange(length), length, (seed, epoch + 1))).any()
-    assert (order != permute(np.arange(length), length, (seed + 1, epoch))).any()
-
-
-def test_permute_mixes_well():
-    places = permute(np.arange(10_000), 10_000, (0, 0))
-    assert abs(np.corrcoef(np.arange(10_000), places)[0, 1]) < 0.05
-    assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 0.05
-    orders = {tuple(permute(np.arange(4), 4, (0, epoch))) for epoch in range(500)}
-    assert len(orders) == 24
-
-
-def test_permute_is_the_same_everywhere():
-    assert permute(np.arange(10), 10, (1, 0)).tolist() == [6, 9, 1, 8, 2, 3, 7, 0, 4, 5]
+    train_tokenizer([Source(path=str(corpus))], 260, root / "bpe")
+    return prepare_one(str(corpus), "train", root / "bpe", root, tokens_per_shard=600)
 
 
 @settings(max_examples=30, deadline=None)
@@ -149,26 +116,172 @@ def test_a_damaged_index_is_refused(copy, text):
 def test_an_index_of_another_version_is_refused(copy):
     index = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(index | {"version": 0}))
-    refused(copy, "has format version 0, but this dqtrain reads 1; delete")
+    refused(copy, "has format version 0, but this dqtrain reads 2; delete")
 
 
 def test_a_removed_shard_is_named(copy):
-    (copy / "shard-00001.bin").unlink()
-    refused(copy, r"shard-00001\.bin is missing; run dqtrain prepare again")
+    (copy / "shard-00000-00001.bin").unlink()
+    refused(copy, r"shard-00000-00001\.bin is missing; run dqtrain prepare again")
 
 
 def test_a_swapped_shard_is_named(copy):
-    (copy / "shard-00001.bin").write_bytes((copy / "shard-00000.bin").read_bytes())
-    refused(copy, r"shard-00001\.bin is not the one that the index names")
+    (copy / "shard-00000-00001.bin").write_bytes((copy / "shard-00000-00000.bin").read_bytes())
+    stream = Stream(copy, 16, 0, False)
+    with pytest.raises(DataError, match=r"shard-00000-00001\.bin is not the one that the index names"):
+        stream.batch(range(stream.num_samples))
 
 
 def test_one_token_is_nothing_to_predict(copy):
-    shard = copy / "shard-00000.bin"
+    shard = copy / "shard-00000-00000.bin"
     index = json.loads((copy / "index.json").read_text())
     write_shard(shard, np.array([5]), np.array([1]), vocab_size=260, tokenizer_hash="", source="", split="", num_bytes=0, pieces_end=1)
     entry = {"file": shard.name, "num_tokens": 1, "num_documents": 1, "checksum": Shard(shard).checksum}
     (copy / "index.json").write_text(json.dumps(index | {"num_tokens": 1, "shards": [entry]}))
     refused(copy, "hold 1 token, but a sample needs 2")
+
+
+def made(root, sizes, documents, vocab_size=1000, predicted=None):
+    """A folder of shards of the given token ids; `documents`, the length of each of their documents."""
+    root.mkdir()
+    shards = []
+    for number, (tokens, lengths) in enumerate(zip(sizes, documents, strict=True)):
+        path, said = root / f"shard-{number:05d}.bin", None if predicted is None else predicted[number]
+        facts = {"tokenizer_hash": "h", "source": "", "split": "train", "num_bytes": 0, "pieces_end": 1}
+        write_shard(path, tokens, np.cumsum(lengths), vocab_size=vocab_size, **facts, predicted=said)
+        shards.append({"file": path.name, "num_tokens": len(tokens), "num_documents": len(lengths), "checksum": Shard(path).checksum})
+    (root / "index.json").write_text(json.dumps({"version": VERSION, "tokenizer_hash": "h", "vocab_size": vocab_size, "num_tokens": 0, "shards": shards}))
+    return root
+
+
+lengths_of = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=3)
+
+
+def draw_folder(tmp_path_factory, lengths, masked=False):
+    draw = np.random.default_rng(sum(map(sum, lengths)))
+    tokens = [draw.integers(1, 1000, sum(shard)) for shard in lengths]
+    predicted = [draw.random(sum(shard)) < 0.6 for shard in lengths] if masked else None
+    return made(tmp_path_factory.mktemp("made") / "f", tokens, lengths, predicted=predicted), tokens, predicted
+
+
+@given(lengths_of, st.integers(1, 40), st.booleans(), seeds)
+@settings(max_examples=40, deadline=None)
+def test_documents_are_samples_of_their_own(tmp_path_factory, lengths, tokens_per_sample, masked, seed):
+    folder, tokens, predicted = draw_folder(tmp_path_factory, lengths, masked)
+    stream = DocumentStream(folder, tokens_per_sample, seed, shuffle=True)
+    expected = []
+    for number, shard in enumerate(lengths):
+        for end, length in zip(np.cumsum(shard), shard, strict=True):
+            text = tokens[number][end - length : end].tolist()
+            said = predicted[number][end - length : end].tolist() if predicted else [True] * length
+            labels = [token if is_said else -100 for token, is_said in zip(text, said, strict=True)][1:]
+            expected.append((text[:-1][:tokens_per_sample], labels[:tokens_per_sample]) if length > 1 else (text, [-100]))
+    assert stream.num_samples == len(expected)
+    assert [tuple(part.tolist() for part in stream.sample(i)) for i in range(len(expected))] == expected
+    batch = stream.batch(range(len(expected)))
+    assert sorted(batch.samples.tolist()) == list(range(len(expected)))
+    width = min(tokens_per_sample, -(-max(len(ids) for ids, _ in expected) // 8) * 8)
+    for sample, ids, labels in zip(batch.samples, batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        pad = width - len(expected[sample][0])
+        assert ids == expected[sample][0] + [0] * pad
+        assert labels == expected[sample][1] + [-100] * pad
+
+
+@given(lengths_of, st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_tokens_that_are_not_predicted_are_read_and_no_labels(tmp_path_factory, lengths, tokens_per_sample):
+    folder, tokens, predicted = draw_folder(tmp_path_factory, lengths, masked=True)
+    if max(map(len, tokens)) < 2:
+        return
+    assert predicted is not None
+    stream = Stream(folder, tokens_per_sample, 0, shuffle=False)
+    batch = stream.batch(range(stream.num_samples))
+    labels = np.concatenate([part[1:] for part in tokens])
+    expected = labels[np.concatenate([part[1:] for part in predicted])]
+    assert batch.labels[batch.labels != -100].tolist() == expected.tolist()
+    full = np.concatenate([batch.input_ids[batch.samples == i][0] for i in range(stream.num_samples)])
+    assert [token for token in full.tolist() if token] == [token for part in tokens for token in part[:-1].tolist()]
+
+
+@given(lengths_of, st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_within_documents_positions_start_again_and_no_document_says_the_next(tmp_path_factory, lengths, tokens_per_sample):
+    folder, tokens, _ = draw_folder(tmp_path_factory, lengths)
+    if max(map(len, tokens)) < 2:
+        return
+    across, within = (Stream(folder, tokens_per_sample, 0, False, within=how) for how in (False, True))
+    everything = range(across.num_samples)
+    before, after = across.batch(everything), within.batch(everything)
+    assert before.positions is None and after.positions is not None
+    assert (before.input_ids == after.input_ids).all()
+    row = 0
+    for number, shard in enumerate(lengths):
+        begins = np.repeat(np.cumsum(shard) - shard, shard)  # of the document that each token is in
+        for start in range(0, sum(shard) - 1, tokens_per_sample):
+            real = min(tokens_per_sample, sum(shard) - 1 - start)
+            places = np.arange(start, start + real)
+            assert after.positions[row, :real].tolist() == (places - np.maximum(begins[places], start)).tolist()
+            said = np.where(begins[places + 1] == begins[places], tokens[number][places + 1], -100)
+            assert after.labels[row].tolist() == said.tolist() + [-100] * (tokens_per_sample - real)
+            row += 1
+
+
+@given(st.integers(0, 50), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), seeds, st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_steps_are_the_micro_batches_one_behind_the_other(folder, first, micro_batch, count, ranks, seed, within):
+    stream = Stream(folder, 16, seed, True, within=within)
+    numbers = range(0, -(-count // ranks) * ranks, ranks)  # those of rank 0, some beyond the last
+    steps = stream.steps(first, numbers, count * micro_batch, micro_batch)
+    for step in range(first, first + 30):
+        batches = next(steps)
+        assert [j for j, _ in batches] == list(numbers)
+        for j, batch in batches:
+            one = stream.micro_batch(step, j, count * micro_batch, micro_batch)
+            for name, array in one._asdict().items():
+                assert np.array_equal(getattr(batch, name), array), name
+            assert (batch.labels != -100).any() == (j < count)
+
+
+def test_several_folders_take_turns_as_their_weights_say(tmp_path):
+    folders = [made(tmp_path / name, [np.full(n * 8 + 1, fill)], [[n * 8 + 1]]) for name, n, fill in (("a", 50, 1), ("b", 7, 2))]
+    plain = Stream(folders, 8, 3, True).batch(range(57))
+    assert (plain.labels[:, 0] == 1).sum() == 50 and sorted(plain.samples.tolist()) == list(range(57))
+    mixed = Stream(folders, 8, 3, True, Interleaving(((0, (1.0, 1.0)), (16384, (0.0, 1.0))))).batch(range(2**14 + 9))
+    assert (mixed.labels[: 2**14, 0] == 1).sum() == 2**13
+    assert (mixed.labels[2**14 :, 0] == 2).all() and (mixed.samples[2**14 :] >= 50).all()
+    of_b = mixed.samples[mixed.samples >= 50]
+    for epoch in range(len(of_b) // 7):
+        assert sorted(of_b[7 * epoch : 7 * epoch + 7].tolist()) == list(range(50, 57))
+
+
+def test_folders_of_different_tokenizers_are_refused(tmp_path):
+    folders = [made(tmp_path / name, [np.arange(9)], [[9]]) for name in "ab"]
+    index = json.loads((folders[1] / "index.json").read_text())
+    (folders[1] / "index.json").write_text(json.dumps(index | {"tokenizer_hash": "other"}))
+    with pytest.raises(DataError, match="/b and .*/a were made with different tokenizers. Prepare both with the same one"):
+        Stream(folders, 4, 0, True)
+
+
+@pytest.mark.parametrize("kind", [Stream, DocumentStream])
+def test_a_quarantined_shard_has_no_targets_and_moves_nothing(tmp_path, kind):
+    folder = made(tmp_path / "a", [np.arange(1, 34), np.arange(101, 134), np.arange(201, 234)], [[11] * 3] * 3)
+    sound = kind(folder, 8, 3, True).batch(range(20))
+    data = bytearray((folder / "shard-00001.bin").read_bytes())
+    data[-60] ^= 1  # among the tokens
+    (folder / "shard-00001.bin").write_bytes(data)
+    (folder / "shard-00002.bin").unlink()
+    with pytest.raises(DataError, match="shard-00002.bin is missing"):
+        kind(folder, 8, 3, True)
+    stream = kind(folder, 8, 3, True, quarantine=True)
+    batch = stream.batch(range(20))
+    first = (sound.input_ids < 100).any(1)
+    assert batch.left_out.tolist() == (~first).tolist() and 0 < first.sum() < 20
+    assert (batch.samples == sound.samples).all()
+    assert (batch.labels[first] == sound.labels[first]).all() and (batch.input_ids[first] == sound.input_ids[first]).all()
+    assert (batch.labels[~first] == -100).all() and (batch.input_ids[~first] == 0).all()
+    assert sorted(stream.quarantined) == [1, 2]
+    assert "does not match its checksum" in stream.quarantined[1] and "shard-00002.bin is missing" in stream.quarantined[2]
+    (folder / "shard-00000.bin").unlink()  # it is open, and stays so
+    assert (stream.batch(range(20)).labels == batch.labels).all()
 
 
 # --- Pairs ---
@@ -194,7 +307,7 @@ def pair_folders(pairs, tokenizers, tmp_path_factory):
     (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = Pairs(source_tokens=SOURCE_TOKENS, target_tokens=TARGET_TOKENS)
     return {
-        kind: prepare(str(root / "a.jsonl"), "train", tokenizers["bart"], root, tokens_per_shard=300, pairs=settings, encoder_decoder=kind)
+        kind: prepare_one(str(root / "a.jsonl"), "train", tokenizers["bart"], root, tokens_per_shard=300, pairs=settings, encoder_decoder=kind)
         for kind in (True, False)
     }
 

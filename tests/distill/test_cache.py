@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_corpus
+from conftest import prepare_one, write_corpus
 from families import FAMILIES
 
 from dqtrain.config import Pairs, Train, Zero
 from dqtrain.config import Teacher as Settings
-from dqtrain.data.prepare import prepare
-from dqtrain.data.stream import IGNORED, PairStream, Stream
+from dqtrain.data.stream import PairStream, Stream
 from dqtrain.distill import cache
 from dqtrain.distill.cache import CachedTeacher, cache_folder, write_cache
 from dqtrain.distill.terms import cross_entropy, sampled_cross_entropy
@@ -47,7 +46,7 @@ def teacher(family="gpt2", **keys):
 def text(world, tmp_path_factory):
     """155 samples: two parts and a bit."""
     folder = tmp_path_factory.mktemp("text")
-    return prepare(str(write_corpus(folder / "train.jsonl", 78, 3)), "train", world / "tokenizer", folder)
+    return prepare_one(str(write_corpus(folder / "train.jsonl", 78, 3)), "train", world / "tokenizer", folder)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +61,7 @@ def pairs(world, tmp_path_factory):
     draw = random.Random(0)
     lines = [{"source": "the cat " * draw.randrange(1, 9), "target": "sees " * draw.randrange(1, 12)} for _ in range(70)]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made = prepare(str(folder / "train.jsonl"), "train", world / "tokenizer", folder, pairs=Pairs(source_tokens=16, target_tokens=12), encoder_decoder=True)
+    made = prepare_one(str(folder / "train.jsonl"), "train", world / "tokenizer", folder, pairs=Pairs(source_tokens=16, target_tokens=12), encoder_decoder=True)
     return PairStream(made, 1, False, pad_token_id=1, decoder_start_token_id=2)
 
 
@@ -126,7 +125,7 @@ def test_a_rank_without_work_reads_nothing(hidden, stream, tmp_path):
     write(tmp_path / "teacher-top_k-0", teacher(), stream, settings_of("top_k", draws=3))
     for folder in (hidden, tmp_path / "teacher-top_k-0"):
         batch = stream.batch(range(2))
-        batch.labels.fill(IGNORED)
+        batch = batch.without_targets()
         with CachedTeacher(folder, COMMAND, CPU).teaching(batch, inputs_of(batch, CPU)[0]) as taught:
             if taught.outputs is not None:
                 assert taught.outputs.hidden.shape == (2, 16, 32)
@@ -316,7 +315,7 @@ def test_the_folder_is_named_after_everything_that_decides_its_content(text, tmp
 
     def name(source="sampled", shards=text, draws=50, layout=layout, seed=1, precision="fp32", dtype="fp32"):
         settings = settings_of(source, draws).model_copy(update={"dtype": dtype})
-        return cache_folder(shards, settings, tmp_path / "model", layout, seed, precision)
+        return cache_folder([shards], settings, tmp_path / "model", layout, seed, precision)
 
     first = name()
     assert first.parent == text and first.name.startswith("teacher-sampled-") and name() == first

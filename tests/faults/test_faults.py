@@ -236,13 +236,13 @@ def test_a_frozen_rank(chain):
 def test_data_that_is_cut_short(chain):
     ended = chain.ended["truncated data"]
     assert ended.code == 3
-    assert re.search(r"dqtrain: token shard \S+/shards/train-\w+/shard-00000.bin has \d+ bytes, but its header says \d+; delete it", ended.output)
+    assert re.search(r"dqtrain: token shard \S+/shards/train-\w+/shard-00000-00000.bin has \d+ bytes, but its header says \d+; delete it", ended.output)
 
 
 def test_data_that_is_damaged_where_few_samples_are(chain):
     ended = chain.ended["damaged data"]
     assert ended.code == 3
-    assert "shard-00000.bin: block 1 of 2 does not match its checksum" in ended.output
+    assert "shard-00000-00000.bin: block 1 of 2 does not match its checksum" in ended.output
     first = min(ended.exits.values(), key=lambda left: left["time_ns"])
     assert first["code"] == 3 and "block 1 of 2" in first["message"]
     assert (ended.at - first["time_ns"]) / 1e9 < GRACE_S  # its peer ended by itself
