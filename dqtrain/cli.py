@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--workers", type=_positive, help="processes (default: one for each processor)")
     prepare.add_argument("--part", type=_share, metavar="K/N", help="do every N-th part, from the K-th (from 0): one of N tasks that share the work")
     side_job(prepare)
+    prepare.add_argument("--tasks", type=_positive, default=1, metavar="N", help="with --site: N jobs that share the work (default 1)")
     data = commands.add_parser("data", help="what prepared data holds: info, show, verify", description="Look at prepared data.").add_subparsers(
         dest="what", required=True, metavar="WHAT"
     )
@@ -326,22 +327,28 @@ def _submit_side(args: argparse.Namespace) -> str:
         config = load_config(args.config, args.overrides)
         run = RunDir(config.run.dir.absolute())
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run.path})})
-        options = []
+        options: list[list[str]] = [[]]
+        if args.command == "prepare":
+            if args.part is not None:
+                raise ConfigError("--part is for this machine; give --tasks N, which queues N jobs that share the work.")
+            workers = ["--workers", str(args.workers)] if args.workers is not None else []
+            options = [[*workers, *(["--part", f"{task}/{args.tasks}"] if args.tasks > 1 else [])] for task in range(args.tasks)]
         if args.command == "cache-teacher":
             _refuse_nothing_to_store(config)
             if args.ranks is not None:
                 raise ConfigError("--ranks is for this machine; the ranks of a job are those of the site file, ranks_per_node. Leave it out.")
             run.refuse_if_owned()
-            options = ["--ranks", str(launch.site.ranks)]
+            options = [["--ranks", str(launch.site.ranks)]]
         _check_paths(config)
-        return submit_side(args.command, options, [run], launch, config)
+        return submit_side(args.command, [(run, words) for words in options], launch, config)
     runs = [RunDir(path.absolute()) for path in dict.fromkeys([args.run] if args.command == "export" else args.models)]
     for run in runs:
         if not run.config.is_file():
             raise ConfigError(f"{run.path} is no run, in whose directory a job could leave its output. Name runs, or leave out --site.")
         run.load_result()
         _fetch(run.load_config(), weights=False)
-    return submit_side(args.command, _eval_options(args, runs) if args.command == "eval" else [], runs, launch)
+    words = _eval_options(args, runs) if args.command == "eval" else []
+    return submit_side(args.command, [(run, words) for run in runs], launch)
 
 
 def _eval_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[str]:
@@ -461,6 +468,8 @@ def _main(argv: Sequence[str] | None) -> int:
         return 0
     if getattr(args, "time", None) is not None and args.site is None:
         raise ConfigError("--time is for jobs. Leave it out, or give --site.")
+    if getattr(args, "tasks", 1) > 1 and args.site is None:
+        raise ConfigError("--tasks is for jobs. Leave it out, or give --site; here --workers are processes.")
     if args.command in ("prepare", "eval", "cache-teacher", "export") and args.site is not None:
         print(_submit_side(args))
         return 0

@@ -118,22 +118,23 @@ def _line(job: SideJob) -> str:
     return f"{what} failed ({why}){f': {said}' if said else ''}{f'; it printed {job.out}' if job.out.exists() else ''}"
 
 
-def submit_side(verb: Verb, options: Sequence[str], runs: Sequence[RunDir], launch: Launch, config: RunConfig | None = None) -> str:
-    """Queue one job for each run, all as one array: what to tell the user. The paths of the runs are absolute.
+def submit_side(verb: Verb, asked: Sequence[tuple[RunDir, Sequence[str]]], launch: Launch, config: RunConfig | None = None) -> str:
+    """Queue one job for each run and its options, all as one array: what to tell the user. The paths of the runs are absolute.
 
     `config` is that of a run which there may not be yet. Raises ConfigError for what would end a job and can be seen now, for a job of the same command that is queued or runs,
     and where there is no sbatch; SlurmError when Slurm refuses.
     """
-    words = (verb, *options)
+    runs = list({run.path: run for run, _ in asked}.values())
     for run in runs:
         check_name(run.path)
         if launch.site.container is not None:
             check_container(launch.site.container, (run.path, launch.folder, ROOT))
         if config is not None:
             run.check_claim(config)
+    for run, options in asked:
         for job in side_jobs(run):
-            if job.words == words and (state := job.state()[0]) in ("waits", "runs"):
-                raise ConfigError(f"{run.path}: `{shlex.join(words)}` {state} already as job {job.job}. `scancel {job.job}` ends it.")
+            if job.words == (verb, *options) and (state := job.state()[0]) in ("waits", "runs"):
+                raise ConfigError(f"{run.path}: `{shlex.join(job.words)}` {state} already as job {job.job}. `scancel {job.job}` ends it.")
     slurm.require("sbatch")
     for run in runs:
         if config is not None:
@@ -145,18 +146,18 @@ def submit_side(verb: Verb, options: Sequence[str], runs: Sequence[RunDir], laun
     from launch.array import Array
 
     array = Array(runs[0].side / ".array", flags, launch.site.modules, launch.python)
-    jobs = array.submit([[*_python(launch, verb, run), "-m", "launch.side", str(run.side), verb, str(_target(verb, run)), *options] for run in runs])
-    for run, (number, log) in zip(runs, jobs, strict=True):
-        queued = SideJob(run, words, number, datetime.now(UTC).isoformat(timespec="milliseconds"))
+    jobs = array.submit([[*_python(launch, verb, run), "-m", "launch.side", str(run.side), verb, str(_target(verb, run)), *options] for run, options in asked])
+    for (run, options), (number, log) in zip(asked, jobs, strict=True):
+        queued = SideJob(run, (verb, *options), number, datetime.now(UTC).isoformat(timespec="milliseconds"))
         queued.out.unlink(missing_ok=True)
         queued.out.symlink_to(log)
-        write_text(run.side / f"{number}.json", json.dumps({"words": words, "job": number, "time": queued.time}) + "\n")
+        write_text(run.side / f"{number}.json", json.dumps({"words": queued.words, "job": number, "time": queued.time}) + "\n")
     ids = jobs[0][0].partition("_")[0]
-    count = f" of {len(runs)} runs" if len(runs) > 1 else ""
+    count = f" of {len(runs)} runs" if len(runs) > 1 else f" in {len(asked)} parts" if len(asked) > 1 else ""
     return "\n".join(
         [
             f"submitted {verb}{count} as job {ids}: 1 node{' each' if count else ''}, at most {launch.time}",
-            *(f"  {run.side / job}.out" for run, (job, _) in zip(runs, jobs, strict=True)),
+            *(f"  {run.side / job}.out" for (run, _), (job, _) in zip(asked, jobs, strict=True)),
             f"`dqtrain status {shlex.join(str(run.path) for run in runs)}` shows what becomes of it; `scancel {ids}` ends it.",
         ]
     )

@@ -65,6 +65,8 @@ def record(run: RunDir, job: str, *words: str, code: int | None = None, printed:
         ("prepare config.yaml data.test=no.jsonl --site site.yaml", 2, "data: no.jsonl is not a file."),
         ("prepare config.yaml --site no.yaml", 2, "no.yaml: cannot be read"),
         ("prepare config.yaml --time 1:00:00", 2, "--time is for jobs."),
+        ("prepare config.yaml --tasks 2", 2, "--tasks is for jobs."),
+        ("prepare config.yaml --part 0/2 --site site.yaml", 2, "--part is for this machine;"),
         ("prepare config.yaml --site site.yaml --time 0:00:30", 2, "--time: time is 0:00:30, 30 s"),
         ("prepare config.yaml --site site.yaml run.dir=a%b", 2, "holds '%', which Slurm or Python reads as something else"),
         ("prepare config.yaml --site site.yaml run.dir=finished", 2, "is a finished run"),
@@ -245,8 +247,9 @@ def test_a_mistake_that_shows_only_in_the_job_ends_it(cluster: Cluster, dqtrain:
 def test_prepare_then_eval_and_export_of_two_runs(cluster: Cluster, dqtrain: Callable[..., str], files: Path) -> None:
     site = ["--site", files / "site.yaml", "--time", "0:20:00"]
     runs = [RunDir(files / name) for name in ("one", "two")]
-    dqtrain("prepare", files / "config.yaml", f"run.dir={runs[0].path}", f"data.shards={files}/shards", *site)
-    until_said(dqtrain, runs[0], "is done: ", SLOW_S)
+    said = dqtrain("prepare", files / "config.yaml", f"run.dir={runs[0].path}", f"data.shards={files}/shards", "--tasks", 2, *site)
+    assert said.startswith("submitted prepare in 2 parts as job ")
+    until(lambda: [line.partition(": ")[0] for line in said_of(dqtrain, runs[0]) if "is done" in line] == ["prepare --part 0/2", "prepare --part 1/2"], SLOW_S)
     shards = snapshot(files / "shards")
     assert len(list((files / "shards").iterdir())) == 2
     for seed, run in enumerate(runs):
