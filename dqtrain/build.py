@@ -18,7 +18,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from dqtrain import checkpoint
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import Data, RunConfig, check_ranks
-from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
+from dqtrain.data.folder import open_folder
+from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, tokenizer_files, train_tokenizer
 from dqtrain.data.reader import own_micro_batches
 from dqtrain.data.stdlib import SPLITS
 from dqtrain.data.stream import IGNORED, AnyStream, Batch, DocumentStream, Interleaving, PairStream, Stream
@@ -186,12 +187,15 @@ def _online_teacher(config: RunConfig, world: World) -> TeacherEngine:
     return TeacherEngine(module, config.train, config.zero, world, config.teacher.live_layers)
 
 
-def _cache_folder(config: RunConfig, shards: Sequence[Path], model: PretrainedConfig) -> Path:
+def _cache_folder(config: RunConfig, shards: Sequence[Path | str], model: PretrainedConfig) -> Path:
     """Where the teacher's words on the training samples are stored."""
     assert config.teacher is not None
+    local = [folder for folder in shards if isinstance(folder, Path)]
+    if len(local) < len(shards):
+        raise ConfigError(f"teacher.source {config.teacher.source} stores words beside the tokens, but those of data.train are at an address; copy them here.")
     start = model.decoder_start_token_id if model.is_encoder_decoder else None
     layout = {"tokens_per_sample": config.data.tokens_per_sample, "attention": config.data.attention, "decoder_start_token_id": start}
-    return cache_folder(shards, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.computes_in)
+    return cache_folder(local, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.computes_in)
 
 
 def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
@@ -283,7 +287,9 @@ def tokenizer_directory(config: RunConfig, run: RunDir) -> Path:
     return model_directory(config.teacher.path)
 
 
-def prepare_data(config: RunConfig, run: RunDir, report: Report, workers: int | None = None, share: tuple[int, int] | None = None) -> dict[str, list[Path]]:
+def prepare_data(
+    config: RunConfig, run: RunDir, report: Report, workers: int | None = None, share: tuple[int, int] | None = None
+) -> dict[str, list[Path | str]]:
     """Tokenizer and token shards of every split, made unless they are there, as `prepare` does; split -> folders of its sources."""
     tokenizer = tokenizer_directory(config, run)
     if config.data.train_tokenizer is not None:
@@ -307,7 +313,7 @@ def is_encoder_decoder(config: RunConfig) -> bool:
 
 
 def open_stream(
-    folders: Sequence[Path],
+    folders: Sequence[Path | str],
     data: Data,
     model: PretrainedConfig,
     seed: int,
@@ -316,16 +322,17 @@ def open_stream(
     interleaved: Interleaving | None = None,
 ) -> AnyStream:
     """The samples of folders of shards, as a model of this config reads them; `interleaved`: how they take turns, None for those of one folder behind the other."""
+    opened = [open_folder(folder, data.cache) for folder in folders]
     order = (seed, shuffle, interleaved or Interleaving(), quarantine)
     if data.pairs is None:
         assert data.tokens_per_sample is not None
         if data.samples == "documents":
-            return DocumentStream(folders, data.tokens_per_sample, *order)
-        return Stream(folders, data.tokens_per_sample, *order, within=data.attention == "within")
+            return DocumentStream(opened, data.tokens_per_sample, *order)
+        return Stream(opened, data.tokens_per_sample, *order, within=data.attention == "within")
     pad = model.pad_token_id if model.pad_token_id is not None else 0  # padding is masked, so that any id will do
     if model.is_encoder_decoder and model.decoder_start_token_id is None:
         raise ConfigError(f"the config.json of this {model.model_type} has no decoder_start_token_id, which its decoder begins with. Add it.")
-    return PairStream(folders, pad, model.decoder_start_token_id if model.is_encoder_decoder else None, *order)
+    return PairStream(opened, pad, model.decoder_start_token_id if model.is_encoder_decoder else None, *order)
 
 
 class Student(NamedTuple):
@@ -482,9 +489,10 @@ def evaluation_stream(
             raise ConfigError("--tokens-per-sample is for text, but data.pairs cuts sources and targets to their own lengths. Leave it out.")
         data = data.model_copy(update={"tokens_per_sample": tokens_per_sample})
     folders = prepare(data, split, tokenizer, root, encoder_decoder=model.config.is_encoder_decoder)
-    check_vocabulary(model.config, read_index(folders[0])["vocab_size"], str(path), tokenizer)
     check_length(model.config, data, str(path))
-    return open_stream(folders, data, model.config, seed=0, shuffle=False)
+    stream = open_stream(folders, data, model.config, seed=0, shuffle=False)
+    check_vocabulary(model.config, stream.vocab_size, str(path), tokenizer)
+    return stream
 
 
 def _cache() -> Path:

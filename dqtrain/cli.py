@@ -454,7 +454,9 @@ def _look(args: argparse.Namespace) -> int:
         found = []
         for split in ("train", "validation", "test"):
             folders = folders_of(config.data, split, tokenizer, root, is_encoder_decoder(config))
-            found += [(folder, source.weight) for folder, source in zip(folders, config.data.sources(split), strict=True)]
+            both = list(zip(folders, config.data.sources(split), strict=True))
+            found += [(folder, source.weight) for folder, source in both if isinstance(folder, Path) and folder.suffix not in (".bin", ".ds")]
+            print("".join(f"not looked at, since it was not prepared here: {folder}\n" for folder, _ in both if folder not in dict(found)), end="")
         missing = [str(folder) for folder, _ in found if not (folder / INDEX).is_file()]
         if missing:
             raise DataError(f"{missing[0]} is not prepared{f', nor are {len(missing) - 1} others' * (len(missing) > 1)}. Run dqtrain prepare {args.path}.")

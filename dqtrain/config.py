@@ -90,9 +90,10 @@ class Pairs(Block):
 
 class Source(Block):
     path: str
-    """A file, a glob, an address such as `s3://bucket/*.parquet`, a folder of `datasets.save_to_disk`, `hf:NAME@REVISION`, or a `builtin:` corpus."""
-    format: Literal["text", "jsonl", "csv", "parquet", "arrow"] | None = None
-    """What the files are; null: what their names say (.jsonl, .csv, .parquet, .arrow, with .gz or .zst behind), text for any other name."""
+    """A file, a glob, an address such as `s3://bucket/*.parquet`, a folder of `datasets.save_to_disk`, `hf:NAME@REVISION`, a `builtin:` corpus, or tokens."""
+    format: Literal["text", "jsonl", "csv", "parquet", "arrow", "shards"] | None = None
+    """What the files are; null: what their names say (.jsonl, .csv, .parquet, .arrow, with .gz or .zst behind), text for any other name. `shards` are tokens
+    already: a folder that `dqtrain prepare` made (null: one with an index.json), Megatron's PREFIX.bin or datatrove's NAME.ds."""
     text: str = "{text}"
     """What is made of the fields of a line or row, such as `{title}: {body}`; `{{` and `}}` are braces."""
     messages: str | None = None

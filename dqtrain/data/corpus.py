@@ -10,7 +10,7 @@ from typing import Any
 
 from dqtrain.config import Pairs, Source
 from dqtrain.data.docstrings import DOCSTRINGS, docstring_pairs, docstrings_summary
-from dqtrain.data.sources import Files, LeftOut, Place, Unit, find_files
+from dqtrain.data.sources import Files, LeftOut, Place, Unit, find_files, is_tokens
 from dqtrain.data.stdlib import STDLIB, stdlib_summary, stdlib_texts
 from dqtrain.errors import DataError
 
@@ -40,6 +40,8 @@ class Corpus:
 
 def find_corpus(source: Source, split: str, pairs: Pairs | None = None, whole_texts: bool = False) -> Corpus:
     """The corpus that a source names for a split; `whole_texts`: no text is in two units. Raises DataError for one that is missing or of the other kind."""
+    if is_tokens(source):
+        raise DataError(f"{source.path} is tokens already, so that there is no text to read; name the text it was made of.")
     split = source.split or split
     builtin = {STDLIB: stdlib_summary, DOCSTRINGS: docstrings_summary}
     if source.path in builtin:

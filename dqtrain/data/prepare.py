@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from dqtrain.config import Data, Pairs, Source
+from dqtrain.data import sources as files
 from dqtrain.data.chat import ChatText, chat_template, encode_chats, render_chat
 from dqtrain.data.corpus import Corpus, chats, documents, find_corpus, texts_of
 from dqtrain.data.corpus import pairs as pairs_of
 from dqtrain.data.shard import Shard, write_shard, writing
-from dqtrain.data.sources import UNIT_BYTES, LeftOut, Unit
+from dqtrain.data.sources import LeftOut, Unit, is_tokens
 from dqtrain.data.work import Report, share_out
 from dqtrain.errors import DataError
 from dqtrain.files import sync_path, temporary_beside, write_text
@@ -151,8 +152,10 @@ def prepare(
     workers: int | None = None,
     share: tuple[int, int] | None = None,
     tokens_per_shard: int = TOKENS_PER_SHARD,
-) -> list[Path]:
+) -> list[Path | str]:
     """Tokenise the sources of a split, each into the shards of one folder below `root`; the folders in their order. What is there already is kept.
+
+    A source that is tokens already stays where it is: its path, or address, is in the place of the folder.
 
     Every text is followed by one `eos_token`. With `data.pairs`, a source in its template and a target are cut to the tokens of the settings; for
     `encoder_decoder` both have the special tokens of the tokenizer, and an `eos_token` behind them if it gives none; else only targets have an `eos_token`,
@@ -164,15 +167,50 @@ def prepare(
     sources = data.sources(split)
     if not sources:
         raise DataError(f"data.{split} names no source; give it a path.")
-    jobs = [_plan_job(source, data, split, tokenizer, root, encoder_decoder, tokens_per_shard) for source in sources]
-    for job in jobs:
-        _run(job, progress, workers, share)
-    return [job.folder for job in jobs]
+    planned = [
+        _tokens_of(source, data, tokenizer, encoder_decoder)
+        if is_tokens(source)
+        else _plan_job(source, data, split, tokenizer, root, encoder_decoder, tokens_per_shard)
+        for source in sources
+    ]
+    for job in planned:
+        if isinstance(job, _Job):
+            _run(job, progress, workers, share)
+    return [job.folder if isinstance(job, _Job) else job for job in planned]
 
 
-def folders_of(data: Data, split: str, tokenizer: Path, root: Path, encoder_decoder: bool = False) -> list[Path]:
+def folders_of(data: Data, split: str, tokenizer: Path, root: Path, encoder_decoder: bool = False) -> list[Path | str]:
     """Where `prepare` puts the sources of a split, whether or not they are there."""
-    return [_plan_job(source, data, split, tokenizer, root, encoder_decoder, TOKENS_PER_SHARD).folder for source in data.sources(split)]
+    return [
+        _tokens_of(source, data, tokenizer, encoder_decoder)
+        if is_tokens(source)
+        else _plan_job(source, data, split, tokenizer, root, encoder_decoder, TOKENS_PER_SHARD).folder
+        for source in data.sources(split)
+    ]
+
+
+def _tokens_of(source: Source, data: Data, tokenizer: Path, encoder_decoder: bool) -> Path | str:
+    """Where the tokens of a source are. Raises DataError for those that another tokenizer made, or that were cut in another way."""
+    path = source.path.removesuffix("/" + INDEX)
+    where: Path | str = path if "://" in path else Path(path)
+    if path.endswith((".bin", ".ds")):
+        return where
+    if isinstance(where, Path):
+        index = read_index(where)
+    else:
+        with files.reading(path), files.open_bytes(f"{path}/{INDEX}") as file:
+            index = parse_index(f"{path}/{INDEX}", file.read())
+    if index["tokenizer_hash"] != (hashed := tokenizer_hash(tokenizer)):
+        raise DataError(
+            f"the tokens in {path} were made by a tokenizer with the hash {index['tokenizer_hash'][:12]}, but {tokenizer} has {hashed[:12]}: the model would read "
+            "other words. Prepare them with the tokenizer of this run, or set data.tokenizer to theirs."
+        )
+    asked = {"pairs": data.pairs.model_dump(), "encoder_decoder": encoder_decoder} if data.pairs else {}
+    found = {key: index[key] for key in ("pairs", "encoder_decoder") if key in index}
+    if asked != found or data.samples == "documents" != index["samples"]:
+        what = f"{json.dumps(found)}, but this run asks for {json.dumps(asked)}" if asked != found else "samples: packed, but this run asks for documents"
+        raise DataError(f"the tokens in {path} were made with {what}; prepare the text of them again, or change data.")
+    return where
 
 
 @dataclass(frozen=True)
@@ -198,7 +236,7 @@ def _plan_job(source: Source, data: Data, split: str, tokenizer: Path, root: Pat
     corpus = find_corpus(source, split, data.pairs, whole_texts=data.samples == "documents")
     hashed = tokenizer_hash(tokenizer)
     how = {"pairs": data.pairs.model_dump(), "encoder_decoder": encoder_decoder} if data.pairs else {"text": source.text, "messages": source.messages}
-    identity = json.dumps([VERSION, corpus.about, split, data.samples, how, hashed, tokens_per_shard, UNIT_BYTES])
+    identity = json.dumps([VERSION, corpus.about, split, data.samples, how, hashed, tokens_per_shard, files.UNIT_BYTES])
     folder = root / f"{split}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     return _Job(corpus, split, tokenizer, hashed, folder, data.samples, encoder_decoder, tokens_per_shard, _parts(corpus.units))
 
@@ -209,7 +247,7 @@ def _parts(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
     group: list[Unit] = []
     for unit in units:
         group.append(unit)
-        if sum(unit.num_bytes for unit in group) >= UNIT_BYTES // 2:
+        if sum(unit.num_bytes for unit in group) >= files.UNIT_BYTES // 2:
             parts.append(tuple(group))
             group = []
     return (*parts, tuple(group)) if group else tuple(parts)
@@ -411,14 +449,22 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Return the `index.json` of a folder that `prepare` made. Raises DataError when it is missing, damaged or of another version."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_bytes())
-        version = index["version"]
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): the shards are not complete. Run dqtrain prepare again.") from None
+    return parse_index(str(path), content)
+
+
+def parse_index(name: str, content: bytes) -> dict[str, Any]:
+    """Return what `index.json` says, which is at `name`. Raises DataError as `read_index` does."""
+    remedy = f"delete {name.removesuffix('/' + INDEX)} and run dqtrain prepare again"
+    try:
+        index = json.loads(content)
+        version = index["version"]
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is not an index of shards ({error}); delete {folder} and run dqtrain prepare again.") from None
+        raise DataError(f"{name} is not an index of shards ({error}); {remedy}.") from None
     if version != VERSION:
-        raise DataError(f"{path} has format version {version}, but this dqtrain reads {VERSION}; delete {folder} and run dqtrain prepare again.")
+        raise DataError(f"{name} has format version {version}, but this dqtrain reads {VERSION}; {remedy}.")
     return index
 
 

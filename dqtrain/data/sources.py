@@ -91,12 +91,12 @@ class Files:
         """
         reader: Callable[[Unit, Mapping[str, str], LeftOut], Iterator[tuple[Place, Any]]]
         reader = {"jsonl": _json_lines, "csv": _csv_rows, "parquet": _parquet_rows, "arrow": _arrow_rows, "hub": self._hub_rows}[self.format]
-        with _reading(unit.address):
+        with reading(unit.address):
             yield from reader(unit, fields, left_out)
 
     def text_pieces(self, unit: Unit) -> Iterator[tuple[str, bool]]:
         """Yield (text, whether the file ends with it) of a unit of plain text, in pieces of about 1 MiB that end with a line."""
-        with _reading(unit.address), open_bytes(unit.address) as file:
+        with reading(unit.address), open_bytes(unit.address) as file:
             yield from _text_pieces(file, unit)
 
     def _hub_rows(self, unit: Unit, fields: Mapping[str, str], left_out: LeftOut) -> Iterator[tuple[Place, Any]]:
@@ -117,6 +117,12 @@ class Files:
                 yield Place(shard, number, 0), row
 
 
+def is_tokens(source: Source) -> bool:
+    """Whether a source is tokenised already: shards of `dqtrain prepare`, Megatron's or datatrove's."""
+    named = source.path.endswith((".bin", ".ds", "/index.json")) or "://" not in source.path and (Path(source.path) / "index.json").is_file()
+    return source.format == "shards" or source.format is None and named
+
+
 def find_files(source: Source, split: str, whole_files: bool = False) -> Files:
     """The units of a source that is read for a split, by address and place in the file; with `whole_files` no text file is cut.
 
@@ -131,7 +137,7 @@ def find_files(source: Source, split: str, whole_files: bool = False) -> Files:
     form = formats.pop()
     if form == "text" and (source.text != "{text}" or source.messages is not None):
         raise DataError(f"{source.path} is plain text, which has no fields; leave out text and messages, or set format.")
-    with _reading(source.path):
+    with reading(source.path):
         described = [_describe(address) for address in found]
         units = [unit for address, size, _ in described for unit in _cut(address, size, form, whole_files)]
     about = {"source": source.path, "format": form, "files": described}
@@ -151,7 +157,7 @@ def list_addresses(path: str) -> list[str]:
             what = "matches no file" if has_magic(local) else "is not a file that can be read"
             raise DataError(f"corpus {path} {what}; give a file (.txt, .jsonl, .csv, .parquet), a glob, an address, hf:NAME or builtin:python-stdlib.")
         return found
-    with _reading(path):
+    with reading(path):
         fs, stripped = _remote(path)
         names = sorted(str(name) for name in fs.glob(stripped)) if has_magic(stripped) else [stripped]
         found = [fs.unstrip_protocol(name) for name in names if fs.isfile(name)]
@@ -181,7 +187,7 @@ def open_bytes(address: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _reading(address: str) -> Iterator[None]:
+def reading(address: str) -> Iterator[None]:
     """Turn what readers say of a file that is not there, damaged or of another format into a DataError."""
     try:
         yield

@@ -9,6 +9,7 @@ Nothing here knows the rank. Needs numpy; the trainer makes tensors.
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,8 @@ _WIDTH = 8
 """Widths of batches that are padded are multiples of this, which matrix units like; few widths also mean few kernels."""
 _OPEN_SHARDS = 8192
 """Shards that are mapped at a time; Linux lets a process have 65,530 maps."""
+_FETCHERS = 4
+"""Shards at an address that are fetched at a time, ahead of their use."""
 _ORDERED, _CHECKED = 4096, 64
 """Samples whose order is computed at a time, and samples of packed text whose blocks are checked at a time: numpy's calls cost more than few numbers do."""
 
@@ -110,6 +113,7 @@ class AnyStream(ABC):
         self._num_checked = 0  # shards of which every block was checked
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self.quarantine, self.quarantined = quarantine, set[int]()
+        self._fetchers, self._fetching = ThreadPoolExecutor(_FETCHERS, "fetcher"), dict[int, Future[Shard]]()
 
     @property
     @abstractmethod
@@ -141,8 +145,11 @@ class AnyStream(ABC):
     def steps(self, first: int, numbers: Sequence[int], global_batch: int, micro_batch: int) -> Iterator[list[tuple[int, Batch]]]:
         """Yield, for step `first` and all that follow it, (j, micro-batch j) for each j of `numbers`: what `micro_batch` gives, with less work for each."""
         count = global_batch // micro_batch
+        is_far = self.order.parts > 1 and any(folder.copies is not None for folder in self.folders)
         ahead = 1  # the first step is wanted at once
         while True:
+            if is_far:
+                self._fetch_ahead([j % count for j in numbers], first * global_batch)
             starts = [step * global_batch + j % count * micro_batch for step in range(first, first + ahead) for j in numbers]
             samples = self.order.at((np.array(starts)[:, None] + np.arange(micro_batch)).reshape(-1))
             batches = self._batches(samples, micro_batch)
@@ -172,7 +179,21 @@ class AnyStream(ABC):
             found = self._shards[shard] = folder.open(number)
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
+            if folder.copies is not None:  # a copy that made room takes its space until it is unmapped
+                for other in [other for other, opened in self._shards.items() if other != shard and not opened.path.exists()]:
+                    del self._shards[other]
         return found
+
+    def _fetch_ahead(self, numbers: Sequence[int], position: int) -> None:
+        """Begin to fetch the shards at an address that micro-batches `numbers` of a step will need soon, from a position on."""
+        parts = sorted({number % self.order.parts for number in numbers})
+        ahead = dict.fromkeys(shard for part in parts for shard in self.order.ahead(part, position))
+        self._fetching = {shard: future for shard, future in self._fetching.items() if shard in ahead}
+        for shard in ahead:
+            folder, number = self.folder_of(shard)
+            if folder.copies is not None and shard not in self._fetching:
+                # What goes wrong here shows when the shard is read, which tries again.
+                self._fetching[shard] = self._fetchers.submit(folder.open, number)
 
     def _read(self, shards: np.ndarray, read: Callable[[Shard, np.ndarray], None]) -> np.ndarray | None:
         """Call `read(shard, rows)` for each shard of `shards` [rows]; return which rows could not be read, if any may be: bool [rows]."""

@@ -68,7 +68,7 @@ def share_out(work: Work, numbers: Sequence[int], workers: int | None, what: str
 
 def _in_processes(work: Work, numbers: Sequence[int], count: int, tally: _Tally) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dqtrain.data.prepare", "transformers.tokenization_utils_tokenizers"])
+    context.set_forkserver_preload(["dqtrain.data.prepare", "transformers.models.auto.tokenization_auto"])
     taken: Any = context.Value("q", 0)
     done: Any = context.Array("q", 3)
     processes, pipes = [], []
