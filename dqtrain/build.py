@@ -322,7 +322,7 @@ def open_stream(
     interleaved: Interleaving | None = None,
 ) -> AnyStream:
     """The samples of folders of shards, as a model of this config reads them; `interleaved`: how they take turns, None for those of one folder behind the other."""
-    opened = [open_folder(folder, data.cache) for folder in folders]
+    opened = [open_folder(folder, data.cache, model.vocab_size) for folder in folders]
     order = (seed, shuffle, interleaved or Interleaving(), quarantine)
     if data.pairs is None:
         assert data.tokens_per_sample is not None

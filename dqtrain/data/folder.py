@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from dqtrain.config import Cache
+from dqtrain.data.foreign import ForeignFile
 from dqtrain.data.prepare import INDEX, parse_index, read_index
 from dqtrain.data.remote import Copies, is_address, read_address
 from dqtrain.data.shard import Shard
 from dqtrain.errors import DataError
+
+Tokens = Shard | ForeignFile
+"""What a stream reads."""
 
 
 class Folder:
@@ -45,7 +49,7 @@ class Folder:
             if file not in there:
                 raise DataError(f"token shard {self.name}/{file} is missing; run dqtrain prepare again.")
 
-    def open(self, number: int) -> Shard:
+    def open(self, number: int) -> Tokens:
         """Map a shard. Raises DataError when it is not the one that the index names."""
         if self.copies is not None:
             return self.copies.open(self._files[number], self._bytes[number], self._checksums[number])
@@ -55,6 +59,30 @@ class Folder:
         return shard
 
 
-def open_folder(path: Path | str, cache: Cache | None = None) -> Folder:
-    """The shards at a path or an address."""
+class ForeignFolder(Folder):
+    """A token file of another program, as the only shard of a folder."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.name, self.copies = str(path), None
+        self._file = ForeignFile(path, vocab_size)
+        self.facts = {"tokenizer_hash": None, "vocab_size": vocab_size}
+        self.num_tokens, self.num_documents = np.array([self._file.num_tokens]), np.array([len(self._file.document_ends)])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What ids are stored as."""
+        return self._file.dtype
+
+    def check(self) -> None:
+        """It is there, since it is open."""
+
+    def open(self, number: int) -> Tokens:
+        """The file."""
+        return self._file
+
+
+def open_folder(path: Path | str, cache: Cache | None = None, vocab_size: int = 2**32) -> Folder:
+    """The shards at a path or an address; `vocab_size` is that of the tokenizer, which files of other programs do not say."""
+    if isinstance(path, Path) and path.suffix in (".bin", ".ds"):
+        return ForeignFolder(path, vocab_size)
     return Folder(path, cache or Cache())
