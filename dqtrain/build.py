@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from dqtrain import checkpoint, hub
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import Data, RunConfig, check_ranks
+from dqtrain.data.folder import open_folder
 from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, tokenizer_files, train_tokenizer
 from dqtrain.data.reader import own_micro_batches
 from dqtrain.data.stdlib import SPLITS
@@ -327,17 +328,17 @@ def open_stream(
     interleaved: Interleaving | None = None,
 ) -> AnyStream:
     """The samples of folders of shards, as a model of this config reads them; `interleaved`: how they take turns, None for those of one folder behind the other."""
-    local = [Path(folder) for folder in folders]
+    opened = [open_folder(folder, data.cache, model.vocab_size) for folder in folders]
     order = (seed, shuffle, interleaved or Interleaving(), quarantine)
     if data.pairs is None:
         assert data.tokens_per_sample is not None
         if data.samples == "documents":
-            return DocumentStream(local, data.tokens_per_sample, *order)
-        return Stream(local, data.tokens_per_sample, *order, within=data.attention == "within")
+            return DocumentStream(opened, data.tokens_per_sample, *order)
+        return Stream(opened, data.tokens_per_sample, *order, within=data.attention == "within")
     pad = model.pad_token_id if model.pad_token_id is not None else 0  # padding is masked, so that any id will do
     if model.is_encoder_decoder and model.decoder_start_token_id is None:
         raise ConfigError(f"the config.json of this {model.model_type} has no decoder_start_token_id, which its decoder begins with. Add it.")
-    return PairStream(local, pad, model.decoder_start_token_id if model.is_encoder_decoder else None, *order)
+    return PairStream(opened, pad, model.decoder_start_token_id if model.is_encoder_decoder else None, *order)
 
 
 class Student(NamedTuple):

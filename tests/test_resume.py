@@ -121,6 +121,34 @@ def test_resume_on_other_ranks_and_stage_reads_the_same_samples(uninterrupted, m
             assert ours[name] == pytest.approx(value, rel=2e-5 if name != "gradient_norm" else 1e-3), (ours["step"], name)
 
 
+def test_killed_on_two_ranks_in_mid_epoch_it_reads_the_same_samples_on_one_and_on_three(world, make_run):
+    # A mixture that changes on the way; the second source, 30 lines, goes through several epochs.
+    sources = f"[{{path: {world}/train.jsonl, weight: 0.7}}, {{path: {world}/validation.jsonl, weight: 0.3}}]"
+    data = f"{{train: {sources}, test: {world}/test.jsonl, tokens_per_sample: 16, shards: {world}/shards, mixture: [{{from_step: 13, weights: [0.2, 0.8]}}]}}"
+    plain = {"data": data, "teacher": "null", "student": f"{{init_from: {world}/teacher}}", "quant": "null", "distill": "{task: 1.0}"}
+    plain |= {"eval": "{}", "log": "{every_steps: 1}"}
+    plain["train"] = "{steps: 24, global_batch: 8, micro_batch: 2, lr: 1.0e-3}"
+    whole, run = make_run("whole", **plain), make_run("killed", **plain)
+    assert whole.train("zero.student=1", ranks=1)[0] == 0
+    for ranks, step in ((2, 5), (1, 14)):
+        process = run.start("train", str(run.config), "zero.student=1", "--ranks", str(ranks))
+        run.wait_for_step(step, process)
+        for pid in run.rank_pids().values():
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=120)
+    code, output = run.train("zero.student=1", ranks=3)
+    assert code == 0, output
+    ours, theirs = run.log(), whole.log()
+    assert [line["step"] for line in ours] == list(range(1, 25))
+    for line, expected in zip(ours, theirs, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=2e-5), line["step"]
+        assert line["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3), line["step"]
+    norms = [line["gradient_norm"] for line in theirs]
+    assert all(abs(a - b) / a > 2e-3 for a, b in zip(norms, norms[1:], strict=False))  # other samples would show
+    waits = [json.loads(line)["data_wait"] for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert all(0 <= wait <= 1 for wait in waits)
+
+
 ROUNDED = "{steps: 12, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, precision: bf16_weights}"
 
 

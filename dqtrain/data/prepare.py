@@ -199,7 +199,7 @@ def _tokens_of(source: Source, data: Data, tokenizer: Path, encoder_decoder: boo
         index = read_index(where)
     else:
         with files.reading(path), files.open_bytes(f"{path}/{INDEX}") as file:
-            index = _checked_index(f"{path}/{INDEX}", file.read())
+            index = parse_index(f"{path}/{INDEX}", file.read())
     if index["tokenizer_hash"] != (hashed := tokenizer_hash(tokenizer)):
         raise DataError(
             f"the tokens in {path} were made by a tokenizer with the hash {index['tokenizer_hash'][:12]}, but {tokenizer} has {hashed[:12]}: the model would read "
@@ -452,10 +452,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): the shards are not complete. Run dqtrain prepare again.") from None
-    return _checked_index(str(path), content)
+    return parse_index(str(path), content)
 
 
-def _checked_index(name: str, content: bytes) -> dict[str, Any]:
+def parse_index(name: str, content: bytes) -> dict[str, Any]:
+    """Return what `index.json` says, which is at `name`. Raises DataError as `read_index` does."""
     remedy = f"delete {name.removesuffix('/' + INDEX)} and run dqtrain prepare again"
     try:
         index = json.loads(content)

@@ -9,6 +9,7 @@ Nothing here knows the rank. Needs numpy; the trainer makes tensors.
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from dqtrain.data.folder import Folder, open_folder
+from dqtrain.data.folder import Folder, Tokens, open_folder
 from dqtrain.data.order import Order, grouped
-from dqtrain.data.shard import Shard
 from dqtrain.errors import DataError
 from dqtrain.files import write_whole
 
@@ -28,6 +28,8 @@ _WIDTH = 8
 """Widths of batches that are padded are multiples of this, which matrix units like; few widths also mean few kernels."""
 _OPEN_SHARDS = 8192
 """Shards that are mapped at a time; Linux lets a process have 65,530 maps."""
+_FETCHERS = 4
+"""Shards at an address that are fetched at a time, ahead of their use."""
 _ORDERED, _CHECKED = 4096, 64
 """Samples whose order is computed at a time, and samples of packed text whose blocks are checked at a time: numpy's calls cost more than few numbers do."""
 
@@ -94,7 +96,7 @@ class AnyStream(ABC):
         first = self.folders[0]
         self.vocab_size = max(folder.vocab_size for folder in self.folders)
         for folder in self.folders:
-            if folder.facts["tokenizer_hash"] != first.facts["tokenizer_hash"]:
+            if None not in (folder.facts["tokenizer_hash"], first.facts["tokenizer_hash"]) and folder.facts["tokenizer_hash"] != first.facts["tokenizer_hash"]:
                 raise DataError(f"{folder.name} and {first.name} were made with different tokenizers. Prepare both with the same one.")
             if quarantine is None:
                 folder.check()
@@ -108,8 +110,9 @@ class AnyStream(ABC):
         self.order = Order([count.tolist() for count in sizes], seed, shuffle, interleaving.stages, interleaving.parts, interleaving.micro_batch)
         self._num_tokens = np.concatenate([folder.num_tokens for folder in self.folders])
         self._num_checked = 0  # shards of which every block was checked
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._shards: OrderedDict[int, Tokens] = OrderedDict()
         self.quarantine, self.quarantined = quarantine, set[int]()
+        self._fetchers, self._fetching = ThreadPoolExecutor(_FETCHERS, "fetcher"), dict[int, Future[Tokens]]()
 
     @property
     @abstractmethod
@@ -141,8 +144,11 @@ class AnyStream(ABC):
     def steps(self, first: int, numbers: Sequence[int], global_batch: int, micro_batch: int) -> Iterator[list[tuple[int, Batch]]]:
         """Yield, for step `first` and all that follow it, (j, micro-batch j) for each j of `numbers`: what `micro_batch` gives, with less work for each."""
         count = global_batch // micro_batch
+        is_far = self.order.parts > 1 and any(folder.copies is not None for folder in self.folders)
         ahead = 1  # the first step is wanted at once
         while True:
+            if is_far:
+                self._fetch_ahead([j % count for j in numbers], first * global_batch)
             starts = [step * global_batch + j % count * micro_batch for step in range(first, first + ahead) for j in numbers]
             samples = self.order.at((np.array(starts)[:, None] + np.arange(micro_batch)).reshape(-1))
             batches = self._batches(samples, micro_batch)
@@ -165,16 +171,30 @@ class AnyStream(ABC):
         folder = int(np.searchsorted(self._shard_ends, shard, side="right"))
         return self.folders[folder], shard - (int(self._shard_ends[folder - 1]) if folder else 0)
 
-    def _open(self, shard: int) -> Shard:
+    def _open(self, shard: int) -> Tokens:
         found = self._shards.get(shard)
         if found is None:
             folder, number = self.folder_of(shard)
             found = self._shards[shard] = folder.open(number)
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
+            if folder.copies is not None:  # a copy that made room takes its space until it is unmapped
+                for other in [other for other, opened in self._shards.items() if other != shard and not opened.path.exists()]:
+                    del self._shards[other]
         return found
 
-    def _read(self, shards: np.ndarray, read: Callable[[Shard, np.ndarray], None]) -> np.ndarray | None:
+    def _fetch_ahead(self, numbers: Sequence[int], position: int) -> None:
+        """Begin to fetch the shards at an address that micro-batches `numbers` of a step will need soon, from a position on."""
+        parts = sorted({number % self.order.parts for number in numbers})
+        ahead = dict.fromkeys(shard for part in parts for shard in self.order.ahead(part, position))
+        self._fetching = {shard: future for shard, future in self._fetching.items() if shard in ahead}
+        for shard in ahead:
+            folder, number = self.folder_of(shard)
+            if folder.copies is not None and shard not in self._fetching:
+                # What goes wrong here shows when the shard is read, which tries again.
+                self._fetching[shard] = self._fetchers.submit(folder.open, number)
+
+    def _read(self, shards: np.ndarray, read: Callable[[Tokens, np.ndarray], None]) -> np.ndarray | None:
         """Call `read(shard, rows)` for each shard of `shards` [rows]; return which rows could not be read, if any may be: bool [rows]."""
         lost: np.ndarray | None = None
         for (number,), rows in grouped(shards):
@@ -208,7 +228,7 @@ class Stream(AnyStream):
         self.tokens_per_sample, self.within = tokens_per_sample, within
         super().__init__(folders, seed, shuffle, interleaving, quarantine)
         self._dtype = self.folders[0].dtype
-        assert all(folder.dtype == self._dtype for folder in self.folders), "one tokenizer, one dtype"
+        self._is_alike = all(folder.dtype == self._dtype for folder in self.folders)  # not so with files of other programs
 
     @property
     def mean_tokens(self) -> float:
@@ -235,7 +255,13 @@ class Stream(AnyStream):
             lost = self._check(shards[these], starts[these], lengths[these])
             names = shards[these].tolist()
             opened = {name: self._shards.get(name) for name in set(names)}
-            if lost is None and not self.within and lengths[these].min() == width and not any(shard.has_predicted for shard in opened.values() if shard):
+            if (
+                lost is None
+                and self._is_alike
+                and not self.within
+                and lengths[these].min() == width
+                and not any(shard.has_predicted for shard in opened.values() if shard)
+            ):
                 froms, tos = (starts[these] * size).tolist(), ((starts[these] + width) * size).tolist()
                 # Joining slices of the maps copies each token once, without numpy's calls for each row or shard.
                 slices = [opened[name].bytes[start:stop] for name, start, stop in zip(names, froms, tos, strict=True)]  # type: ignore[union-attr]
@@ -256,14 +282,14 @@ class Stream(AnyStream):
         if self._num_checked == len(self._sample_ends):
             return None
 
-        def check(shard: Shard, rows: np.ndarray) -> None:
+        def check(shard: Tokens, rows: np.ndarray) -> None:
             if not shard.is_checked:
                 shard.check(starts[rows], starts[rows] + lengths[rows])
                 self._num_checked += shard.is_checked
 
         return self._read(shards, check)
 
-    def _careful_batch(self, samples: np.ndarray, shards: Sequence[Shard | None], starts: np.ndarray, lengths: np.ndarray, lost: np.ndarray | None) -> Batch:
+    def _careful_batch(self, samples: np.ndarray, shards: Sequence[Tokens | None], starts: np.ndarray, lengths: np.ndarray, lost: np.ndarray | None) -> Batch:
         """Samples of which something is padded, lost or not predicted, or that are to be attended to document by document."""
         input_ids, labels = (np.full((len(samples), self.tokens_per_sample), fill, np.int64) for fill in (0, IGNORED))
         positions = np.tile(np.arange(self.tokens_per_sample), (len(samples), 1)) if self.within else None
@@ -318,7 +344,7 @@ class DocumentStream(AnyStream):
         assert "pairs" not in folder.facts, f"{folder.name} holds pairs"
         return folder.num_documents
 
-    def _document(self, shard: Shard, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _document(self, shard: Tokens, number: int) -> tuple[np.ndarray, np.ndarray]:
         ends = shard.read_document_ends(max(0, number - 1), number + 1).tolist()
         start = ends[0] if number else 0
         stop = min(ends[-1], start + self.tokens_per_sample + 1)
@@ -330,7 +356,7 @@ class DocumentStream(AnyStream):
         shards, numbers = self._find(samples)
         rows = [(np.zeros(1, np.int64), np.full(1, IGNORED))] * len(samples)
 
-        def read(shard: Shard, among: np.ndarray) -> None:
+        def read(shard: Tokens, among: np.ndarray) -> None:
             for row in among.tolist():
                 rows[row] = self._document(shard, int(numbers[row]))
 
@@ -376,7 +402,7 @@ class PairStream(AnyStream):
     def _num_samples(self, folder: Folder) -> np.ndarray:
         return folder.num_documents // 2
 
-    def _pair(self, shard: Shard, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _pair(self, shard: Tokens, number: int) -> tuple[np.ndarray, np.ndarray]:
         ends = shard.read_document_ends(max(0, 2 * number - 1), 2 * number + 2).tolist()
         start, middle, end = ends if number else (0, *ends)
         tokens = shard.read(start, end)
@@ -387,7 +413,7 @@ class PairStream(AnyStream):
         start = self.decoder_start_token_id
         pairs = [(np.array([self.pad_token_id]), np.array([IGNORED]))] * len(samples)
 
-        def read(shard: Shard, rows: np.ndarray) -> None:
+        def read(shard: Tokens, rows: np.ndarray) -> None:
             for row in rows.tolist():
                 pairs[row] = self._pair(shard, int(numbers[row]))
 

@@ -1,15 +1,37 @@
+import json
 import subprocess
 import sys
 import threading
 import time
 from contextlib import closing
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dqtrain.data.order import Order
+from dqtrain.data.prepare import VERSION
 from dqtrain.data.reader import Reader, own_micro_batches
+from dqtrain.data.shard import Shard, write_shard
+from dqtrain.data.stream import Interleaving, Stream
 from dqtrain.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def text_folders(tmp_path_factory):
+    """Two folders, whose shards hold 37, 20 and 11 samples of 8 tokens."""
+    folders = []
+    for sizes in ((37, 20), (11,)):
+        folder, shards = tmp_path_factory.mktemp("text"), []
+        for number, size in enumerate(sizes):
+            path = folder / f"{number}.bin"
+            facts = {"tokenizer_hash": "h", "source": "", "split": "train", "num_bytes": 0, "pieces_end": 1}
+            write_shard(path, np.arange(8 * size + 1), np.array([8 * size + 1]), vocab_size=1000, **facts)
+            shards.append({"file": path.name, "num_tokens": 8 * size + 1, "num_documents": 1, "checksum": Shard(path).checksum})
+        (folder / "index.json").write_text(json.dumps({"version": VERSION, "tokenizer_hash": "h", "vocab_size": 1000, "shards": shards}))
+        folders.append(folder)
+    return folders
 
 
 def test_items_come_in_order_and_only_so_many_are_read_ahead():
@@ -67,6 +89,8 @@ def test_closing_ends_the_thread():
 def test_the_end_of_the_interpreter_ends_it(end):
     code = f"""
 import numpy as np
+from dqtrain.data.order import Order
+from dqtrain.data.prepare import VERSION
 from dqtrain.data.reader import Reader
 def items():
     try:
@@ -113,3 +137,25 @@ def test_every_micro_batch_is_computed_once_and_each_part_on_one_node(sizes, tur
 
 def test_without_parts_ranks_take_turns():
     assert [own_micro_batches(rank, [0, 0, 0], 7) for rank in range(3)] == [[0, 3, 6], [1, 4, 11], [2, 5, 12]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=4), st.integers(1, 4), st.booleans(), st.integers(0, 2**31 - 1))
+@settings(max_examples=30, deadline=None)
+def test_every_step_has_the_same_samples_whatever_ranks_go_on_with_it(text_folders, starts, micro_batch, mixed, seed):
+    """`starts`: (ranks, steps) of one start behind the other, each from the one integer that the last one left."""
+    stages = ((0, (0.7, 0.3)), (40, (0.1, 0.9))) if mixed else ()
+    count = 6
+    global_batch = count * micro_batch
+    order = Order([[37, 20], [11]], seed, True, stages)
+    step = 0
+    for ranks, num_steps in starts:
+        found: list[list[tuple[int, list[int]]]] = [[] for _ in range(num_steps)]
+        for rank in range(ranks):
+            stream = Stream(text_folders, 8, seed, True, Interleaving(stages))
+            with closing(Reader(stream.steps(step, own_micro_batches(rank, [0] * ranks, count), global_batch, micro_batch))) as reader:
+                for among in found:
+                    among += [(j, batch.samples.tolist()) for j, batch in next(reader) if (batch.labels != -100).any()]
+        for number, among in enumerate(found, step):
+            samples = [sample for _, part in sorted(among) for sample in part]
+            assert samples == order.at(range(number * global_batch, (number + 1) * global_batch)).tolist()
+        step += num_steps

@@ -1,0 +1,206 @@
+"""Prepared folders at an address, read through copies on this node."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dqtrain.config import Cache
+from dqtrain.data import remote
+from dqtrain.data.folder import open_folder
+from dqtrain.data.prepare import VERSION
+from dqtrain.data.reader import own_micro_batches
+from dqtrain.data.remote import Copies
+from dqtrain.data.shard import Shard, write_shard
+from dqtrain.data.stream import Interleaving, Stream
+from dqtrain.errors import DataError
+
+TOKENS = 8
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    yield
+    fsspec.filesystem("memory").store.clear()
+
+
+def made(root, samples_per_shard, address):
+    """A prepared folder, copied to an address; the bytes of each shard."""
+    root.mkdir()
+    shards = []
+    for number, count in enumerate(samples_per_shard):
+        path, tokens = root / f"shard-{number:05d}.bin", np.full(count * TOKENS + 1, number)
+        facts = {"tokenizer_hash": "h", "source": str(number), "split": "train", "num_bytes": 0, "pieces_end": 1}
+        write_shard(path, tokens, np.array([len(tokens)]), vocab_size=1000, **facts)
+        shards.append({"file": path.name, "num_tokens": len(tokens), "num_documents": 1, "bytes": path.stat().st_size, "checksum": Shard(path).checksum})
+    (root / "index.json").write_text(json.dumps({"version": VERSION, "tokenizer_hash": "h", "vocab_size": 1000, "shards": shards}))
+    files = fsspec.core.url_to_fs(address)[0]
+    files.makedirs(address, exist_ok=True)
+    for path in root.iterdir():
+        files.pipe_file(f"{address}/{path.name}", path.read_bytes())
+    return [shard["bytes"] for shard in shards]
+
+
+@pytest.mark.parametrize("protocol", ["memory://", "file://"])
+def test_an_address_gives_what_the_folder_gives(tmp_path, protocol):
+    address = f"{protocol}{tmp_path}/store" if protocol == "file://" else "memory://store"
+    made(tmp_path / "here", [5, 3, 9], address)
+    far = Stream([open_folder(address, Cache(folder=tmp_path / "copies", gib=1))], TOKENS, 3, True)
+    near = Stream(tmp_path / "here", TOKENS, 3, True)
+    for _ in range(2):
+        for name, array in near.batch(range(40))._asdict().items():
+            assert np.array_equal(getattr(far.batch(range(40)), name), array)
+    assert far.folders[0].copies.fetched_bytes == sum(path.stat().st_size for path in (tmp_path / "here").glob("*.bin"))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.sampled_from([12, 16, 24]), st.integers(0, 2**31 - 1))
+@settings(max_examples=6, deadline=None)
+def test_with_parts_each_shard_comes_to_one_node_once_per_epoch(tmp_path_factory, num_nodes, ranks_per_node, num_shards, seed):
+    root = tmp_path_factory.mktemp("parts")
+    parts, turns, micro_batch = 4 if num_nodes != 3 else 3, 2 * ranks_per_node, 2
+    sizes = made(root / "here", [12] * num_shards, "memory://parts")
+    nodes = [rank // ranks_per_node for rank in range(num_nodes * ranks_per_node)]
+    count = parts * turns
+    steps_per_epoch = num_shards * 12 // (count * micro_batch)
+    samples, fetched = [], []
+    for node in range(num_nodes):
+        copies = root / f"node-{node}"
+        folder = open_folder("memory://parts", Cache(folder=copies, gib=1))
+        for rank in [rank for rank, where in enumerate(nodes) if where == node]:  # they share the copies
+            stream = Stream([folder], TOKENS, seed, True, Interleaving((), parts, micro_batch))
+            steps = stream.steps(0, own_micro_batches(rank, nodes, count, parts), count * micro_batch, micro_batch)
+            for _ in range(steps_per_epoch):
+                samples += [batch.samples for j, batch in next(steps) if j < count]
+            stream._fetchers.shutdown()
+        fetched.append(folder.copies.fetched_bytes)
+    seen = np.sort(np.concatenate(samples))
+    if steps_per_epoch * count * micro_batch == num_shards * 12:
+        assert (seen == np.arange(num_shards * 12)).all()
+        if parts % num_nodes == 0:
+            assert sum(fetched) == sum(sizes)
+
+
+def test_what_was_used_least_recently_makes_room_and_stays_readable_where_it_is_open(tmp_path):
+    sizes = made(tmp_path / "here", [40] * 4, "memory://store")
+    folder = open_folder("memory://store", Cache(folder=tmp_path / "copies", gib=3.5 * sizes[0] / 2**30))
+    opened = []
+    for number in (0, 1, 2):
+        opened.append(folder.open(number))
+        os.utime(opened[-1].path, ns=(number * 10**9, number * 10**9))
+    folder.open(0)  # now shard 1 is the one that was used least recently
+    folder.open(3)
+    assert sorted(path.name for path in opened[0].path.parent.iterdir()) == ["shard-00000.bin", "shard-00002.bin", "shard-00003.bin"]
+    assert opened[1].read(0, 5).tolist() == [1] * 5
+    small = open_folder("memory://store", Cache(folder=tmp_path / "small", gib=sizes[0] / 2 / 2**30))
+    with pytest.raises(DataError, match=r"a shard of memory://store has .* GiB, but data.cache.gib is .*Raise it"):
+        small.open(0)
+
+
+def test_ranks_that_want_the_same_shard_fetch_it_once(tmp_path, monkeypatch):
+    (size,) = made(tmp_path / "here", [4000], "memory://store")
+    slow = remote._blocks
+
+    def blocks(address):
+        for block in slow(address):
+            time.sleep(0.3)
+            yield block
+
+    monkeypatch.setattr(remote, "_blocks", blocks)
+    folders = [open_folder("memory://store", Cache(folder=tmp_path / "copies")) for _ in range(4)]
+    found = []
+    threads = [threading.Thread(target=lambda folder=folder: found.append(folder.open(0).read(0, 3).tolist())) for folder in folders]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert found == [[0] * 3] * 4
+    assert sum(folder.copies.fetched_bytes for folder in folders) == size
+    assert [path.name for path in (tmp_path / "copies").glob("*/*")] == ["shard-00000.bin"]
+
+
+def test_an_unfinished_file_of_a_rank_that_is_gone_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_STALLED_S", 0.5)
+    made(tmp_path / "here", [5], "memory://store")
+    folder = open_folder("memory://store", Cache(folder=tmp_path / "copies"))
+    left = folder.copies._folder / ".shard-00000.bin.00000000000000000001.host.1.1"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"DQ")
+    assert folder.open(0).read(0, 3).tolist() == [0] * 3
+    assert not left.exists()
+
+
+def test_a_process_killed_while_it_fetches_leaves_no_copy(tmp_path):
+    made(tmp_path / "here", [5], f"file://{tmp_path}/store")
+    code = f"""
+import os
+from dqtrain.data import remote
+real = remote._blocks
+def blocks(address):
+    for block in real(address):
+        yield block[:100]
+        os.kill(os.getpid(), 9)
+remote._blocks = blocks
+remote.Copies("file://{tmp_path}/store", __import__("pathlib").Path("{tmp_path}/copies"), 10**9).open("shard-00000.bin", 1, "x")
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert [path.name[:17] for path in (tmp_path / "copies").glob("*/*")] == [".shard-00000.bin."]
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "cut", "another"])
+def test_a_shard_that_stays_missing_or_damaged_is_named_and_tried_again(tmp_path, damage, monkeypatch):
+    made(tmp_path / "here", [5, 5], "memory://store")
+    files, name = fsspec.filesystem("memory"), "memory://store/shard-00001.bin"
+    sound = files.cat_file(name)
+    flipped = bytearray(sound)
+    flipped[-30] ^= 1
+    if damage == "missing":
+        files.rm_file(name)
+    else:
+        files.pipe_file(name, {"flipped": bytes(flipped), "cut": sound[:-10], "another": files.cat_file("memory://store/shard-00000.bin")}[damage])
+    folder = open_folder("memory://store", Cache(folder=tmp_path / "copies"))
+    message = {"missing": "shard-00001.bin", "flipped": "does not match its checksum", "cut": "but the index says", "another": "not the one that the index"}
+    with pytest.raises(DataError, match=rf"^memory://store/shard-00001.bin cannot be read, tried 5 times: .*{message[damage]}.*data.quarantine"):
+        folder.open(1)
+    assert not list(tmp_path.glob("copies/*/*"))
+    told: list[str] = []
+    stream = Stream([folder], TOKENS, 0, False, quarantine=told.append)
+    batch = stream.batch(range(10))
+    assert batch.left_out.tolist() == [False] * 5 + [True] * 5 and len(told) == 1
+    # Mended while it is tried again.
+    calls = []
+    real = remote._blocks
+    monkeypatch.setattr(
+        remote, "_blocks", lambda address: calls.append(files.pipe_file(name, sound)) or real(address) if len(calls) == 2 else calls.append(0) or real(address)
+    )
+    assert folder.open(1).read(0, 2).tolist() == [1, 1]
+    assert len(calls) == 3
+
+
+def test_an_index_that_is_not_there_and_a_disk_that_refuses_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"memory://nothing/index.json cannot be read, tried 5 times"):
+        open_folder("memory://nothing", Cache())
+    with pytest.raises(DataError, match=r"nosuch://a/index.json cannot be read.*nosuch"):
+        open_folder("nosuch://a", Cache())
+    made(tmp_path / "here", [5], "memory://store")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"the copy .*cannot be written \(Not a directory\). Set data.cache.folder"):
+        open_folder("memory://store", Cache(folder=tmp_path / "file")).open(0)
+
+
+def test_a_copy_of_an_earlier_index_is_fetched_anew(tmp_path):
+    made(tmp_path / "old", [5], "memory://store")
+    cache = Cache(folder=tmp_path / "copies")
+    open_folder("memory://store", cache).open(0)
+    made(tmp_path / "new", [7], "memory://store")
+    assert open_folder("memory://store", cache).open(0).num_tokens == 7 * TOKENS + 1
+    assert isinstance(Copies("memory://a/", None, 1).address, str)
