@@ -19,8 +19,9 @@ from dqtrain import checkpoint
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import Data, RunConfig, check_ranks
 from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, tokenizer_files, train_tokenizer
+from dqtrain.data.reader import own_micro_batches
 from dqtrain.data.stdlib import SPLITS
-from dqtrain.data.stream import IGNORED, AnyStream, Batch, PairStream, Stream
+from dqtrain.data.stream import IGNORED, AnyStream, Batch, DocumentStream, Interleaving, PairStream, Stream
 from dqtrain.data.work import Report
 from dqtrain.distill import terms
 from dqtrain.distill.cache import CachedTeacher, cache_folder, write_cache
@@ -37,6 +38,7 @@ from dqtrain.models import (
     LayerMaps,
     Reader,
     all_layers,
+    check_confined,
     check_length,
     check_vocabulary,
     cut,
@@ -55,7 +57,7 @@ from dqtrain.quant.activation import calibrated
 from dqtrain.quant.modules import Coverage, initial_scales, is_learned_scale, quantize_model, quantized_parameters, round_matrices
 from dqtrain.rundir import RunDir, model_directory, start_directory
 from dqtrain.trainer import Trainer
-from dqtrain.world import World, broadcast_object, gather_objects, on_rank_0
+from dqtrain.world import World, broadcast_object, gather_objects, nodes_of_ranks, on_rank_0
 
 
 def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
@@ -69,12 +71,21 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     loaded = load_tokenizer(tokenizer)
     goes_on = on_rank_0(world, lambda: run.has_checkpoint)
     student, coverage, maps, weights = student_model(config, len(loaded), loaded.eos_token_id, world, goes_on)
-    streams = {split: open_stream(folders, config.data, student.config, config.run.seed, shuffle=split == "train") for split, folders in shards.items()}
+    quarantine = functools.partial(_quarantined, run, world.rank) if config.data.quarantine else None
+    streams = {
+        split: open_stream(
+            folders, config.data, student.config, config.run.seed, split == "train", quarantine, interleaving(config) if split == "train" else None
+        )
+        for split, folders in shards.items()
+    }
+    numbers = own_micro_batches(world.rank, nodes_of_ranks(), config.train.global_batch // config.train.micro_batch, config.data.parts)
     name = str(config.student.init_from or (config.teacher.path if config.teacher else "student.architecture"))
     check_length(student.config, config.data, name)
     if config.eval.generation is not None and config.data.pairs is not None:
         check_generation(student.config, config.eval.generation, config.data.pairs.source_tokens)
     check_vocabulary(student.config, streams["train"].vocab_size, name, tokenizer)
+    if config.data.attention == "within" and config.student.architecture is not None:
+        check_confined(student.config, name)
     if config.teacher is not None:
         check_same_tokenizer(tokenizer, model_directory(config.teacher.path))
     if config.train.activation_checkpointing:
@@ -116,7 +127,21 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     judge = teacher if isinstance(teacher, TeacherEngine) else None
     writing = writing_of(config, loaded, world, synced=config.zero.student == 3)
     evaluation = Evaluation(streams.get("validation"), streams.get("test"), judge, writing, config.train.micro_batch, config.eval.max_samples, world)
-    return Trainer(config, run, world, engine, teacher, streams["train"], evaluation, metrics)
+    train = config.train
+    batches = functools.partial(streams["train"].steps, numbers=numbers, global_batch=train.global_batch, micro_batch=train.micro_batch)
+    return Trainer(config, run, world, engine, teacher, batches, train.global_batch * streams["train"].mean_tokens, evaluation, metrics)
+
+
+def _quarantined(run: RunDir, rank: int, why: str) -> None:
+    run.event("quarantined", rank=rank, why=why)
+
+
+def interleaving(config: RunConfig) -> Interleaving:
+    """In which shares the sources of the training take turns, from which positions on, and in how many parts."""
+    weights = tuple(source.weight for source in config.data.sources("train") if source.weight is not None)
+    later = ((stage.from_step * config.train.global_batch, stage.weights) for stage in config.data.mixture)
+    stages = ((0, weights), *later) if weights else ()
+    return Interleaving(stages, config.data.parts, config.train.micro_batch)
 
 
 def writing_of(config: RunConfig, tokenizer: Any, world: World, synced: bool) -> Writing | None:
@@ -168,7 +193,7 @@ def _cache_folder(config: RunConfig, shards: Sequence[Path | str], model: Pretra
     if len(local) < len(shards):
         raise ConfigError(f"teacher.source {config.teacher.source} stores words beside the tokens, but those of data.train are at an address; copy them here.")
     start = model.decoder_start_token_id if model.is_encoder_decoder else None
-    layout = {"tokens_per_sample": config.data.tokens_per_sample, "decoder_start_token_id": start}
+    layout = {"tokens_per_sample": config.data.tokens_per_sample, "attention": config.data.attention, "decoder_start_token_id": start}
     return cache_folder(local, config.teacher, model_directory(config.teacher.path), layout, config.run.seed, config.train.computes_in)
 
 
@@ -235,6 +260,8 @@ def _check_models(config: RunConfig) -> None:
     configs = {name: read_model_config(folder) for name, folder in models.items()}
     for name, model in configs.items():
         check_length(model, config.data, name)
+        if config.data.attention == "within":
+            check_confined(model, name)
     if len(configs) == 2:
         names = ["is_encoder_decoder", "vocab_size"] + ["hidden_size"] * bool({"hidden", "contrast"} & set(config.distill.teacher_terms))
         names += ["num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"] * ("attention" in config.distill.teacher_terms)
@@ -284,15 +311,27 @@ def is_encoder_decoder(config: RunConfig) -> bool:
     return read_model_config(source).is_encoder_decoder
 
 
-def open_stream(folders: Sequence[Path | str], data: Data, model: PretrainedConfig, seed: int, shuffle: bool) -> AnyStream:
-    """The samples of folders of shards, as a model of this config reads them."""
+def open_stream(
+    folders: Sequence[Path | str],
+    data: Data,
+    model: PretrainedConfig,
+    seed: int,
+    shuffle: bool,
+    quarantine: Callable[[str], None] | None = None,
+    interleaved: Interleaving | None = None,
+) -> AnyStream:
+    """The samples of folders of shards, as a model of this config reads them; `interleaved`: how they take turns, None for those of one folder behind the other."""
+    paths = [Path(folder) for folder in folders]
+    order = (seed, shuffle, interleaved or Interleaving(), quarantine)
     if data.pairs is None:
         assert data.tokens_per_sample is not None
-        return Stream([Path(folder) for folder in folders], data.tokens_per_sample, seed, shuffle)
+        if data.samples == "documents":
+            return DocumentStream(paths, data.tokens_per_sample, *order)
+        return Stream(paths, data.tokens_per_sample, *order, within=data.attention == "within")
     pad = model.pad_token_id if model.pad_token_id is not None else 0  # padding is masked, so that any id will do
     if model.is_encoder_decoder and model.decoder_start_token_id is None:
         raise ConfigError(f"the config.json of this {model.model_type} has no decoder_start_token_id, which its decoder begins with. Add it.")
-    return PairStream([Path(folder) for folder in folders], seed, shuffle, pad, model.decoder_start_token_id if model.is_encoder_decoder else None)
+    return PairStream(paths, pad, model.decoder_start_token_id if model.is_encoder_decoder else None, *order)
 
 
 class Student(NamedTuple):

@@ -639,11 +639,13 @@ def write_model(folder: Path, student: Path, out: Path, dtype: torch.dtype, shar
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def require_same_config(folder: Path, saved: dict[str, Any], config: RunConfig) -> None:
-    """Raise CheckpointError, with the list, when a checkpoint was written under a config that trains something else."""
-    changes = differences(validate(saved, str(folder / "state.json")), config)
-    fatal = [f"{key}: {json.dumps(old)} there, {json.dumps(new)} here" for key, (old, new) in changes.items() if key not in PASSIVE]
-    if fatal:
-        raise CheckpointError(
-            f"{folder}: was written with another config ({'; '.join(fatal)}). Restore these values, or start a new run with student.init_from."
-        )
+def require_same_config(folder: Path, state: dict[str, Any], config: RunConfig) -> None:
+    """Raise CheckpointError, with the list, when a checkpoint with this state was written under a config that trains something else."""
+    saved = validate(state["config"], str(folder / "state.json"))
+    changes = {key: change for key, change in differences(saved, config).items() if key not in PASSIVE}
+    before, now = ([stage.model_dump() for stage in data.mixture if stage.from_step < state["step"]] for data in (saved.data, config.data))
+    if before != now:
+        changes["data.mixture"] = before, now
+    if changes:
+        listed = "; ".join(f"{key}: {json.dumps(old)} there, {json.dumps(new)} here" for key, (old, new) in changes.items())
+        raise CheckpointError(f"{folder}: was written with another config ({listed}). Restore these values, or start a new run with student.init_from.")

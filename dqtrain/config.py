@@ -137,6 +137,20 @@ Entry = Annotated[Annotated[str, Tag("(path)")] | Annotated[Source, Tag("(block)
 Sources = Annotated[Annotated[str, Tag("(path)")] | Annotated[Source, Tag("(block)")] | Annotated[tuple[Entry, ...], Tag("(list)")], Discriminator(_written)]
 
 
+class Stage(Block):
+    from_step: int = Field(ge=1)
+    """Step from which on the weights hold: so many steps are made with those before."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...]
+    """One for each source of `data.train`, in their order."""
+
+
+class Cache(Block):
+    folder: Path | None = None
+    """Where copies of shards are kept that are not on this node, on a disk of the node; null: `dqtrain-shards` in the folder for temporary files."""
+    gib: float = Field(200.0, gt=0)
+    """Size in GiB that the copies of a node may have together; the ones that were used least recently make room."""
+
+
 class Data(Block):
     train: Sources
     """What is trained on: a path, a block of how it is read, or a list of both."""
@@ -156,6 +170,15 @@ class Data(Block):
     """Samples are pairs of a source and a target, and only target tokens are predicted; null: text."""
     shards: Path | None = None
     """Folder of the token shards; null: `shards` in the run directory. Runs may share one."""
+    attention: Literal["across", "within"] = "across"
+    """What a token of packed text attends to: all before it in its sample, or its own document alone, in which positions count from 0."""
+    mixture: tuple[Stage, ...] = ()
+    """Other weights of the sources of `train`, each from some step on. A run may go on with other stages behind the steps that it has made."""
+    parts: int = Field(1, ge=1)
+    """Streams that the order of `train` is made of, each over its own shards, so that a node reads some shards alone; 1: every sample may come next."""
+    cache: Cache = Cache()
+    quarantine: bool = False
+    """Whether samples of a shard that is missing or damaged are left out, counted in the log, instead of ending the run."""
 
     def sources(self, split: str) -> tuple[Source, ...]:
         """The sources of `train`, `validation` or `test`; none where that is null."""
@@ -186,6 +209,20 @@ class Data(Block):
             for source in self.sources(split):
                 if self.pairs is not None and (source.messages is not None or source.text != "{text}"):
                     raise ValueError(f"{source.path} has text or messages, but data.pairs says which fields are read; keep one of them")
+        if self.attention == "within" and (self.pairs is not None or self.samples == "documents"):
+            raise ValueError("attention within is for packed text, where a sample holds several documents; remove it")
+        sources = self.sources("train")
+        if self.mixture and sources[0].weight is None:
+            raise ValueError("mixture changes the weights of the sources of train, but they have none; give each a weight")
+        for before, stage in zip((None, *self.mixture), self.mixture, strict=False):
+            if before is not None and stage.from_step <= before.from_step:
+                raise ValueError(f"mixture has a stage from step {stage.from_step} behind one from step {before.from_step}; put them in order")
+            if len(stage.weights) != len(sources):
+                raise ValueError(
+                    f"mixture has {len(stage.weights)} weights from step {stage.from_step}, but train has {len(sources)} sources; give one for each"
+                )
+            if not any(stage.weights):
+                raise ValueError(f"mixture has no weight above 0 from step {stage.from_step}; raise one")
         return self
 
 
@@ -517,6 +554,12 @@ class RunConfig(Block):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        count = self.train.global_batch // self.train.micro_batch
+        if count % self.data.parts:
+            raise ValueError(
+                f"data.parts is {self.data.parts}, but must divide the {count} micro-batches of a step, so that each part gives as many; "
+                f"set it to {max(d for d in range(1, self.data.parts + 1) if count % d == 0)}"
+            )
         if self.distill.teacher_terms and self.teacher is None:
             raise ValueError(f"distill.{self.distill.teacher_terms[0]} needs a teacher, but teacher is null; set teacher.path, or use distill.task alone")
         if self.teacher is not None and self.teacher.source != "online":
@@ -574,11 +617,12 @@ def check_ranks(train: Train, world_size: int) -> None:
 
 
 PASSIVE = frozenset(
-    "run.dir run.watchdog_s data.shards log.every_steps log.weights_every_steps checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every "
+    "run.dir run.watchdog_s data.shards data.mixture data.cache.folder data.cache.gib data.quarantine log.every_steps log.weights_every_steps checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every "
     "eval.every_steps eval.max_samples eval.generation export.checkpoint zero.student zero.teacher zero.persistence_threshold zero.live_layers zero.offload_optimizer "
     "zero.offload_parameters teacher.live_layers train.activation_checkpointing train.max_skipped_steps".split()
 ) | {f"eval.generation.{name}" for name in Generation.model_fields}
-"""Fields that may change when a run continues: the training goes on with the same samples and, up to the order of sums, the same numbers."""
+"""Fields that may change when a run continues: the training goes on with the same samples and, up to the order of sums, the same numbers. Of `data.mixture`, only what
+is ahead may (`checkpoint.require_same_config`)."""
 
 
 class _Loader(yaml.SafeLoader):

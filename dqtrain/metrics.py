@@ -19,9 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dqtrain.files import write_text
 from dqtrain.rundir import RunDir, append_line
-from dqtrain.world import World, sum_over_ranks
+from dqtrain.world import World, largest_of_ranks, sum_over_ranks
 
-TIMING = ("tokens_per_s", "eta_s", "time")
+TIMING = ("tokens_per_s", "data_wait", "eta_s", "time")
 """The last fields of a log line, which differ between two runs of the same config; all others are equal bit for bit."""
 
 BAR_CHARACTERS = 20
@@ -104,20 +104,28 @@ class Metrics:
         if self._world.rank == 0:
             self._run.event("skipped", step=step)
 
-    def log(self, step: int, tokens_seen: int, **scalars: float) -> dict[str, Any]:
+    def log(self, step: int, tokens_seen: int, waited_s: float = 0.0, **scalars: float) -> dict[str, Any]:
         """Write one log line after a step: the means of what was added, and the scalars as they are. Collective.
 
-        tokens_seen counts the tokens of all ranks since the start of the run, the same number in every step. Returns the line:
-        step, tokens, the added names in alphabetical order, the scalars, and TIMING. Raises OSError when the disk is full.
+        tokens_seen counts the tokens of all ranks since the start of the run, the same number in every step; waited_s, how long this rank waited for data since the last
+        line: `data_wait` is the share of the time that the rank waited which waited most. Returns the line: step, tokens, the added names in alphabetical order, the
+        scalars, and TIMING. Raises OSError when the disk is full.
         """
         num_steps = step - self._logged_step - self._left_out
         line: dict[str, Any] = {"step": step, "tokens": tokens_seen}
         line |= {name: _nine_digits(total / num_steps) for name, total in self._totals().items()}
         line |= {name: _nine_digits(value) for name, value in scalars.items()}
+        waited_s = largest_of_ranks(waited_s, self._world.device)
         now = time.monotonic()
         steps_per_s = (step - self._timed_step) / max(now - self._timed_time, 1e-9)
+        data_wait = waited_s / max(now - self._timed_time, 1e-9)
         s_per_step = (now - self._first_time) / max(step - self._first_step, 1)
-        timing = (steps_per_s * tokens_seen / max(step, 1), s_per_step * (self._total_steps - step), datetime.now(UTC).isoformat(timespec="seconds"))
+        timing = (
+            steps_per_s * tokens_seen / max(step, 1),
+            _nine_digits(data_wait),
+            s_per_step * (self._total_steps - step),
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        )
         line |= dict(zip(TIMING, timing, strict=True))
         self._sums.clear()
         self._logged_step = self._timed_step = step

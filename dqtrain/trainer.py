@@ -2,7 +2,8 @@
 
 import json
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 from dqtrain import checkpoint
 from dqtrain.artifact.export import export
 from dqtrain.config import RunConfig
-from dqtrain.data.stream import IGNORED, AnyStream, Batch, write_batches
+from dqtrain.data.reader import Reader
+from dqtrain.data.stream import IGNORED, Batch, write_batches
 from dqtrain.engine import StudentEngine
 from dqtrain.errors import NumericsError, Stopped
 from dqtrain.evaluate import Evaluation
@@ -37,7 +39,8 @@ class Trainer:
     world: World
     student: StudentEngine
     teacher: Teacher | None
-    stream: AnyStream
+    batches: Callable[[int], Iterator[list[tuple[int, Batch]]]]  # from a step on, (number, batch) of this rank's micro-batches of each step
+    tokens_per_step: float
     evaluation: Evaluation
     metrics: Metrics
     step: int = 0
@@ -54,35 +57,30 @@ class Trainer:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
         self.resume()
         requests = Requests(*((self.run.stop, self.run.save) if self.world.rank == 0 else ()))
-        while self.step < self.config.train.steps:
-            batches = self.micro_batches()
-            num_tokens, stop, save = self.agree(batches, requests)
-            if stop or save:
-                self.save()
-                self.saver.wait()
-                requests.done(partial(self.run.event, step=self.step))
-            if stop:
-                barrier()
-                raise Stopped(f"stopped after step {self.step} of {self.config.train.steps}; saved. `dqtrain resume {self.run.path}` continues.")
-            self.one_step(batches, num_tokens)
-            if self.due(self.config.log.every_steps):
-                self.metrics.log(self.step, round(self.step * self.config.train.global_batch * self.stream.mean_tokens), **self.student.learning_rates())
-            if self.evaluation.validation and self.due(self.config.eval.every_steps):
-                self.validate()
-            if self.due(self.config.checkpoint.every_steps):
-                self.save()
-            if self.due(self.config.log.weights_every_steps or self.config.checkpoint.every_steps):
-                self.look_at_weights()
+        with closing(Reader(self.batches(self.step))) as reader:
+            while self.step < self.config.train.steps:
+                batches = next(reader)
+                num_tokens, stop, save = self.agree(batches, requests)
+                if stop or save:
+                    self.save()
+                    self.saver.wait()
+                    requests.done(partial(self.run.event, step=self.step))
+                if stop:
+                    barrier()
+                    raise Stopped(f"stopped after step {self.step} of {self.config.train.steps}; saved. `dqtrain resume {self.run.path}` continues.")
+                self.one_step(batches, num_tokens)
+                if self.due(self.config.log.every_steps):
+                    self.metrics.log(self.step, round(self.step * self.tokens_per_step), reader.waited_s(), **self.student.learning_rates())
+                if self.evaluation.validation and self.due(self.config.eval.every_steps):
+                    self.validate()
+                if self.due(self.config.checkpoint.every_steps):
+                    self.save()
+                if self.due(self.config.log.weights_every_steps or self.config.checkpoint.every_steps):
+                    self.look_at_weights()
 
     def due(self, every_steps: int | None) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens now."""
         return self.step == self.config.train.steps or (every_steps is not None and self.step % every_steps == 0)
-
-    def micro_batches(self) -> list[tuple[int, Batch]]:
-        """(index, batch) of this rank's micro-batches of the step: every world_size-th; those beyond the last have no target tokens."""
-        count = self.config.train.global_batch // self.config.train.micro_batch
-        mine = range(self.world.rank, math.ceil(count / self.world.world_size) * self.world.world_size, self.world.world_size)
-        return [(j, self.stream.micro_batch(self.step, j, self.config.train.global_batch, self.config.train.micro_batch)) for j in mine]
 
     def agree(self, batches: list[tuple[int, Batch]], requests: Requests) -> tuple[int, bool, bool]:
         """(target tokens of the global batch, whether any rank was asked to stop, to save). Collective. Raises CheckpointError when a save has failed anywhere."""
@@ -90,7 +88,7 @@ class Trainer:
         total, stops, saves, failures = sum_over_ranks(torch.tensor(own, dtype=torch.int64, device=self.world.device)).tolist()
         if failures > 0:
             self.saver.wait()
-        return total, stops > 0, saves > 0
+        return max(1, total), stops > 0, saves > 0  # 1 where all samples are of quarantined shards
 
     def one_step(self, batches: list[tuple[int, Batch]], num_tokens: int) -> None:
         """Forward and backward of every micro-batch, then one update. Collective."""
@@ -112,6 +110,8 @@ class Trainer:
             for name, value in ((name, value) for loss in losses for name, value in loss.items()):
                 self.metrics.add(name, value / num_tokens)
             self.metrics.add("gradient_norm", gradient_norm if self.world.rank == 0 else 0.0)
+            if self.config.data.quarantine:
+                self.metrics.add("left_out_samples", sum(int(batch.left_out.sum()) for _, batch in batches if batch.left_out is not None))
         else:
             self.leave_out(gradient_norm, batches, losses)
         self.step += 1
@@ -170,7 +170,7 @@ class Trainer:
         pending = self.metrics.state()
         if folder is not None:
             state = checkpoint.read_state(folder)
-            checkpoint.require_same_config(folder, state["config"], self.config)
+            checkpoint.require_same_config(folder, state, self.config)
             checkpoint.load(folder, self.student)
             self.step = self.saved_step = state["step"]
             self.skipped_steps, self.best, pending = state["skipped_steps"], state["best"], state["pending_metrics"]

@@ -6,6 +6,7 @@ are called by every rank, in the same order; in a world of one they need no proc
 """
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -52,6 +53,12 @@ def gather_objects(obj: T) -> list[T]:
     objects: list = [None] * distributed.get_world_size()
     distributed.all_gather_object(objects, obj)
     return objects
+
+
+def nodes_of_ranks() -> list[int]:
+    """The node of each rank, counted from 0 in the order of the ranks. Collective."""
+    hosts = gather_objects(socket.gethostname())
+    return [list(dict.fromkeys(hosts)).index(host) for host in hosts]
 
 
 def broadcast_object(obj: T) -> T:
@@ -105,6 +112,14 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if not _alone():
         distributed.all_reduce(tensor)
     return tensor
+
+
+def largest_of_ranks(value: float, device: torch.device) -> float:
+    """The largest of the ranks' numbers, on every rank. Collective."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    if not _alone():
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return tensor.item()
 
 
 def _read(name: str) -> int:

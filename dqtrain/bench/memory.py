@@ -156,7 +156,7 @@ def _measure(tiny: dict[str, Any], config: dict[str, Any]) -> dict[str, float]:
             return norm
 
         engine.backward, engine.step = measured_backward, measured_update
-        batches = trainer.micro_batches()
+        batches = next(trainer.batches(trainer.step))
         num_tokens, _, _ = trainer.agree(batches, requests)
         _resident("VmHWM", restart=True)
         trainer.one_step(batches, num_tokens)

@@ -78,11 +78,16 @@ class AnyStream(ABC):
     """The samples of folders that `prepare` made, in an order that depends on `seed` and `interleaving` alone.
 
     Raises DataError when an index is missing, damaged or of another version, when folders do not belong together, or when there is nothing to predict; and for a shard
-    that is missing or damaged when it is read, unless `quarantine` is set: then its samples have no targets, and `left_out` says so.
+    that is missing or damaged when it is read. With `quarantine`, which is told once why, such a shard's samples have no targets instead, and `left_out` says so.
     """
 
     def __init__(
-        self, folders: Path | Sequence[Path | Folder], seed: int, shuffle: bool, interleaving: Interleaving = Interleaving(), quarantine: bool = False
+        self,
+        folders: Path | Sequence[Path | Folder],
+        seed: int,
+        shuffle: bool,
+        interleaving: Interleaving = Interleaving(),
+        quarantine: Callable[[str], None] | None = None,
     ):
         listed = [folders] if isinstance(folders, Path) else folders
         self.folders = [open_folder(folder) if isinstance(folder, Path) else folder for folder in listed]
@@ -91,7 +96,7 @@ class AnyStream(ABC):
         for folder in self.folders:
             if folder.facts["tokenizer_hash"] != first.facts["tokenizer_hash"]:
                 raise DataError(f"{folder.name} and {first.name} were made with different tokenizers. Prepare both with the same one.")
-            if not quarantine:
+            if quarantine is None:
                 folder.check()
         sizes = [self._num_samples(folder) for folder in self.folders]
         for folder, count in zip(self.folders, sizes, strict=True):
@@ -104,7 +109,7 @@ class AnyStream(ABC):
         self._num_tokens = np.concatenate([folder.num_tokens for folder in self.folders])
         self._num_checked = 0  # shards of which every block was checked
         self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self.quarantine, self.quarantined = quarantine, dict[int, str]()
+        self.quarantine, self.quarantined = quarantine, set[int]()
 
     @property
     @abstractmethod
@@ -129,7 +134,7 @@ class AnyStream(ABC):
     def micro_batch(self, step: int, j: int, global_batch: int, micro_batch: int) -> Batch:
         """Return micro-batch j of a step, the same whichever rank asks; steps count from 0, sizes are in samples.
 
-        Beyond the step's last one it is that one without target tokens, for a rank that has no work left but takes part in the collectives.
+        Behind the last one they come again, without target tokens, for a rank that has no work left but takes part in the collectives.
         """
         return next(self.steps(step, [j], global_batch, micro_batch))[0][1]
 
@@ -138,7 +143,7 @@ class AnyStream(ABC):
         count = global_batch // micro_batch
         ahead = 1  # the first step is wanted at once
         while True:
-            starts = [step * global_batch + min(j, count - 1) * micro_batch for step in range(first, first + ahead) for j in numbers]
+            starts = [step * global_batch + j % count * micro_batch for step in range(first, first + ahead) for j in numbers]
             samples = self.order.at((np.array(starts)[:, None] + np.arange(micro_batch)).reshape(-1))
             batches = self._batches(samples, micro_batch)
             for _ in range(ahead):
@@ -174,15 +179,16 @@ class AnyStream(ABC):
         lost: np.ndarray | None = None
         for (number,), rows in grouped(shards):
             try:
-                if number in self.quarantined:
-                    raise DataError(self.quarantined[number])
-                read(self._open(number), rows)
+                if number not in self.quarantined:
+                    read(self._open(number), rows)
+                    continue
             except DataError as error:
-                if not self.quarantine:
+                if self.quarantine is None:
                     raise
-                self.quarantined[number] = str(error)
-                lost = np.zeros(len(shards), bool) if lost is None else lost
-                lost[rows] = True
+                self.quarantined.add(number)
+                self.quarantine(str(error))
+            lost = np.zeros(len(shards), bool) if lost is None else lost
+            lost[rows] = True
         return lost
 
 
@@ -196,7 +202,7 @@ class Stream(AnyStream):
         seed: int,
         shuffle: bool,
         interleaving: Interleaving = Interleaving(),
-        quarantine: bool = False,
+        quarantine: Callable[[str], None] | None = None,
         within: bool = False,
     ) -> None:
         self.tokens_per_sample, self.within = tokens_per_sample, within
@@ -293,7 +299,7 @@ class DocumentStream(AnyStream):
         seed: int,
         shuffle: bool,
         interleaving: Interleaving = Interleaving(),
-        quarantine: bool = False,
+        quarantine: Callable[[str], None] | None = None,
     ) -> None:
         self.tokens_per_sample = tokens_per_sample
         super().__init__(folders, seed, shuffle, interleaving, quarantine)
@@ -342,12 +348,12 @@ class PairStream(AnyStream):
     def __init__(
         self,
         folders: Path | Sequence[Path | Folder],
-        seed: int,
-        shuffle: bool,
         pad_token_id: int,
         decoder_start_token_id: int | None,
+        seed: int,
+        shuffle: bool,
         interleaving: Interleaving = Interleaving(),
-        quarantine: bool = False,
+        quarantine: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__(folders, seed, shuffle, interleaving, quarantine)
         for folder in self.folders:

@@ -13,7 +13,7 @@ from families import FAMILIES
 
 from dqtrain.config import Pairs, Train, Zero
 from dqtrain.config import Teacher as Settings
-from dqtrain.data.stream import IGNORED, PairStream, Stream
+from dqtrain.data.stream import PairStream, Stream
 from dqtrain.distill import cache
 from dqtrain.distill.cache import CachedTeacher, cache_folder, write_cache
 from dqtrain.distill.terms import cross_entropy, sampled_cross_entropy
@@ -62,7 +62,7 @@ def pairs(world, tmp_path_factory):
     lines = [{"source": "the cat " * draw.randrange(1, 9), "target": "sees " * draw.randrange(1, 12)} for _ in range(70)]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = prepare_one(str(folder / "train.jsonl"), "train", world / "tokenizer", folder, pairs=Pairs(source_tokens=16, target_tokens=12), encoder_decoder=True)
-    return PairStream(made, 1, False, pad_token_id=1, decoder_start_token_id=2)
+    return PairStream(made, 1, 2, 1, False)
 
 
 def write(folder, online, stream, settings=HIDDEN, micro_batch=8, seed=1, dtype=torch.float32, progress=None):
