@@ -7,6 +7,7 @@ fsspec, pyarrow and datasets are imported where an address or a format asks for 
 import codecs
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
@@ -100,7 +101,7 @@ class Files:
             yield from _text_pieces(file, unit)
 
     def _hub_rows(self, unit: Unit, fields: Mapping[str, str], left_out: LeftOut) -> Iterator[tuple[Place, Any]]:
-        data = _load_hub(self.source, self.about["revision"], self.about["split"])
+        data = _load_hub(self.source.path, self.about["subset"], self.about["split"], self.about["revision"], json.dumps(self.about))
         assert unit.stop is not None
         number = 0
         for index in range(unit.start, unit.stop):
@@ -130,8 +131,9 @@ def find_files(source: Source, split: str, whole_files: bool = False) -> Files:
     """
     if source.path.startswith("hf:"):
         return _find_hub(source, source.split or split)
-    found = _list_arrow_folder(source, source.split or split) or list_addresses(source.path)
-    formats = {source.format or ("arrow" if os.path.isdir(source.path) else _format(address)) for address in found}
+    path = source.path.removeprefix("file://") if source.path.startswith("file://") else source.path
+    found = _list_arrow_folder(path, source.split or split) or _list_addresses(path)
+    formats = {source.format or ("arrow" if os.path.isdir(path) else _format(address)) for address in found}
     if len(formats) > 1:
         raise DataError(f"{source.path} names files of the formats {', '.join(sorted(formats))}; set `format`, or make a source of each.")
     form = formats.pop()
@@ -140,21 +142,20 @@ def find_files(source: Source, split: str, whole_files: bool = False) -> Files:
     with reading(source.path):
         described = [_describe(address) for address in found]
         units = [unit for address, size, _ in described for unit in _cut(address, size, form, whole_files)]
-    about = {"source": source.path, "format": form, "files": described}
+    about = {"source": path if "://" in path else os.path.abspath(path), "format": form, "files": described}
     return Files(source, form, tuple(units), about)
 
 
-def list_addresses(path: str) -> list[str]:
+def _list_addresses(path: str) -> list[str]:
     """The files that a path, glob or address names, sorted; local ones as absolute paths. Raises DataError when there is none."""
-    local = path.removeprefix("file://") if path.startswith("file://") else path
-    if "://" not in local:
-        if os.path.isfile(local):
-            return [os.path.abspath(local)]
-        if os.path.isdir(local):
+    if "://" not in path:
+        if os.path.isfile(path):
+            return [os.path.abspath(path)]
+        if os.path.isdir(path):
             raise DataError(f"{path} is a folder, and none of datasets.save_to_disk; name its files, such as {path.rstrip('/')}/*.jsonl.")
-        found = sorted(os.path.abspath(name) for name in glob(local, recursive=True) if os.path.isfile(name)) if has_magic(local) else []
+        found = sorted(os.path.abspath(name) for name in glob(path, recursive=True) if os.path.isfile(name)) if has_magic(path) else []
         if not found:
-            what = "matches no file" if has_magic(local) else "is not a file that can be read"
+            what = "matches no file" if has_magic(path) else "is not a file that can be read"
             raise DataError(f"corpus {path} {what}; give a file (.txt, .jsonl, .csv, .parquet), a glob, an address, hf:NAME or builtin:python-stdlib.")
         return found
     with reading(path):
@@ -404,10 +405,10 @@ def _rows(unit: Unit, batches: Iterator[Any], before: int) -> Iterator[tuple[Pla
             yield Place(unit, number, before), row
 
 
-def _list_arrow_folder(source: Source, split: str) -> list[str]:
+def _list_arrow_folder(path: str, split: str) -> list[str]:
     """The files of a folder that `datasets.save_to_disk` wrote; none when it is none."""
-    folder = Path(source.path)
-    if "://" in source.path or not folder.is_dir():
+    folder = Path(path)
+    if "://" in path or not folder.is_dir():
         return []
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
@@ -422,26 +423,26 @@ def _list_arrow_folder(source: Source, split: str) -> list[str]:
 # --- Hugging Face data sets ---
 
 
-def _hub_name(source: Source) -> tuple[str, str | None]:
-    name, at, revision = source.path.removeprefix("hf:").rpartition("@")
+def _hub_name(path: str) -> tuple[str, str | None]:
+    name, at, revision = path.removeprefix("hf:").rpartition("@")
     return (name, revision) if at else (revision, None)
 
 
 def _find_hub(source: Source, split: str) -> Files:
-    name, revision = _hub_name(source)
+    name, revision = _hub_name(source.path)
     if os.path.isdir(name):
         described: dict[str, Any] = {"files": [_describe(str(path)) for path in sorted(Path(name).absolute().rglob("*")) if path.is_file()]}
         revision = None
     else:
-        revision = _commit(source, name, revision)
+        revision = _commit(source.path, name, revision)
         described = {}
-    data = _load_hub(source, revision, split)
-    units = [Unit(source.path, i, i + 1, UNIT_BYTES) for i in range(data.num_shards)]
     about = {"source": source.path, "format": "hub", "revision": revision, "subset": source.subset, "split": split, **described}
+    data = _load_hub(source.path, source.subset, split, revision, json.dumps(about))
+    units = [Unit(source.path, i, i + 1, UNIT_BYTES) for i in range(data.num_shards)]
     return Files(source, "hub", tuple(units), about)
 
 
-def _commit(source: Source, name: str, revision: str | None) -> str:
+def _commit(path: str, name: str, revision: str | None) -> str:
     """The commit that a revision stands for, which must not change under a corpus."""
     if revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision):
         return revision
@@ -451,20 +452,22 @@ def _commit(source: Source, name: str, revision: str | None) -> str:
         commit = HfApi().dataset_info(name, revision=revision).sha
     except Exception as error:  # whatever the network and the hub say
         raise DataError(
-            f"{source.path}: the Hugging Face hub does not say which commit that is ({_first_line(error)}). Check the name and the network, or give a "
+            f"{path}: the Hugging Face hub does not say which commit that is ({_first_line(error)}). Check the name and the network, or give a "
             "folder, or the 40 digits of a commit that is in the cache."
         ) from None
     assert commit is not None
     return commit
 
 
-def _load_hub(source: Source, revision: str | None, split: str) -> Any:
+@functools.lru_cache(2)
+def _load_hub(path: str, subset: str | None, split: str, revision: str | None, version: str) -> Any:
+    """The data set, opened once by each process; `version` changes with its content."""
     import datasets
 
     try:
-        return datasets.load_dataset(_hub_name(source)[0], source.subset, split=split, revision=revision, streaming=True)
+        return datasets.load_dataset(_hub_name(path)[0], subset, split=split, revision=revision, streaming=True)
     except Exception as error:
-        raise DataError(f"{source.path}: split {split} cannot be opened ({_first_line(error)}). Check path, subset and split.") from None
+        raise DataError(f"{path}: split {split} cannot be opened ({_first_line(error)}). Check path, subset and split.") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Of a chat, exactly what the assistant says is predicted, whatever the template looks like; a template that does not tell is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,29 @@ def test_chats_that_cannot_be_rendered_are_named(bare, make, tmp_path):
     assert read_index(made)["num_bad_lines"] == 1 and "a.jsonl:2: the chat template" in read_index(made)["first_bad_line"]
     with pytest.raises(DataError, match=r"a\.jsonl has no chats with an assistant for the split train"):
         prepare_one(write(tmp_path / "a.jsonl", [CHAT[:2]]), "train", make(CHATML), tmp_path)
+
+
+def test_a_run_learns_from_texts_tables_and_chats_in_their_shares(world, make_run, tmp_path):
+    shutil.copytree(world / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chats = [[{"role": "user", "content": f"a cat {i}"}, {"role": "assistant", "content": f"a dog {i}"}] for i in range(40)]
+    write(tmp_path / "chats.jsonl", chats)
+    (tmp_path / "rows.csv").write_text("title,body\n" + "the cat,sees a small dog and then a bird\n" * 40)
+    entries = (
+        f"{{path: {world}/train.jsonl, weight: 2}}, {{path: {tmp_path}/rows.csv, text: '{{title}} {{body}}', weight: 1}}, "
+        f"{{path: {tmp_path}/chats.jsonl, messages: messages, weight: 1}}"
+    )
+    run = make_run(
+        data=f"{{train: [{entries}], tokenizer: {tmp_path}/tokenizer, tokens_per_sample: 16}}",
+        eval="{}",
+        train="{steps: 3, global_batch: 8, micro_batch: 4, lr: 1.0e-3}",
+        quant="null",
+        distill="{task: 1.0}",
+    )
+    code, output = run.train(ranks=1)
+    assert code == 0, output
+    assert run.log()[-1]["step"] == 3
+    code, output = run.dqtrain("data", "info", str(run.path))
+    assert code == 0 and [line.split()[1] for line in output.splitlines() if line.startswith("  weight")] == ["2", "1", "1"]

@@ -89,6 +89,7 @@ def test_every_format_gives_the_same_texts(tmp_path, kind):
 def test_an_address_gives_what_a_path_does(tmp_path, kind):
     path = write(tmp_path, kind)
     assert read(f"file://{path}", text=TEMPLATE) == TEXTS
+    assert find_corpus(Source(path=f"file://{path}", text=TEMPLATE), "train").about == find_corpus(Source(path=path, text=TEMPLATE), "train").about
     memory = fsspec.filesystem("memory")
     name = path.rpartition("/")[2]
     memory.pipe(f"/somewhere/{name}", Path(path).read_bytes())
