@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dqtrain import checkpoint
+from dqtrain.artifact.export import check_targets
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import Data, RunConfig, check_ranks
 from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, read_index, tokenizer_files, train_tokenizer
@@ -67,6 +68,8 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     loaded = load_tokenizer(tokenizer)
     goes_on = on_rank_0(world, lambda: run.has_checkpoint)
     student, coverage, maps, weights = student_model(config, len(loaded), loaded.eos_token_id, world, goes_on)
+    for line in check_targets(config, config.export, student.config, coverage, tokenizer):
+        metrics.say(line)
     streams = {split: open_stream(folder, config.data, student.config, config.run.seed, shuffle=split == "train") for split, folder in shards.items()}
     name = str(config.student.init_from or (config.teacher.path if config.teacher else "student.architecture"))
     check_length(student.config, config.data, name)
@@ -443,6 +446,18 @@ def evaluation_stream(
     check_vocabulary(model.config, read_index(folder)["vocab_size"], str(path), tokenizer)
     check_length(model.config, data, str(path))
     return open_stream(folder, data, model.config, seed=0, shuffle=False)
+
+
+def held_out_text(run: RunDir) -> AnyStream | None:
+    """The test or validation split of a run's config, whichever there is."""
+    config = run.load_config()
+    split = next((split for split in ("test", "validation") if getattr(config.data, split) is not None), None)
+    if split is None:
+        return None
+    source, root = getattr(config.data, split), config.data.shards or run.path / "shards"
+    model = read_model_config(run.student)
+    folder = prepare(source, split, run.student, root, config.data.text_field, pairs=config.data.pairs, encoder_decoder=model.is_encoder_decoder)
+    return open_stream(folder, config.data, model, seed=0, shuffle=False)
 
 
 def _cache() -> Path:
