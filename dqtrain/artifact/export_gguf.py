@@ -10,6 +10,7 @@ does not have, is multiplied into the last norm.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,11 @@ def _require_rope(config: PretrainedConfig, kind: str) -> None:
 
 def _t5(config: Any) -> Family:
     _require(config, {"feed_forward_proj": ("relu", "gated-gelu"), "relative_attention_max_distance": (128,)})
+    if config.num_decoder_layers > config.num_layers:
+        raise ConfigError(
+            f"the gguf target: this t5 has {config.num_layers} encoder layers and {config.num_decoder_layers} of its decoder, "
+            "but llama.cpp has no room for a deeper decoder. Use the target packed, or hf."
+        )
     settings = {
         "context_length": getattr(config, "n_positions", 512),
         "embedding_length": config.d_model,
@@ -206,6 +212,20 @@ def notes(found: list[Placement]) -> list[str]:
 def _names(found: list[Placement]) -> str:
     names = [place.name for place in found]
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def describe_gguf(config: PretrainedConfig, coverage: Coverage, float_shapes: list[tuple[int, ...]], fastest: bool = False) -> list[str]:
+    """What a GGUF file of a student would hold, before there is one: types and bytes, reasons, and what it cannot hold. Raises ConfigError as `placements`."""
+    found = placements(config, coverage, fastest)
+    counts = Counter(place.fit.type for place in found)
+    size = tensor_bytes(config, coverage, float_shapes, fastest)
+    types = ", ".join(f"{type} for {count}" for type, count in counts.most_common())
+    refused = refusal(found)
+    return [
+        f"gguf: {size:,} bytes of tensors; {types} of {len(found)} quantized weights",
+        *(f"gguf: {line}" for line in notes(found)),
+        *([refused] if refused else []),
+    ]
 
 
 def tensor_bytes(config: PretrainedConfig, coverage: Coverage, float_shapes: list[tuple[int, ...]], fastest: bool = False) -> int:

@@ -137,17 +137,12 @@ def fit(quantizer: WeightQuantizer, columns: int, fastest: bool = False) -> Fit:
     if not names:
         low, high = _range(quantizer)
         return Fit("F32", f"{high - low + 1} levels from {low} to {high} with its zero points; a symmetric grid of {quantizer.bits} bits fits", is_refused=True)
+    least, what = TYPES[names[-1]].block, "rows" if shared == columns else "groups"
     if not fitting:
-        if shared == columns:
-            return Fit("F32", f"its rows of {columns} are no multiple of {TYPES[names[-1]].block}, the least that blocks of ggml hold")
-        return Fit(
-            "F32", f"groups of {shared} are no multiple of {TYPES[names[-1]].block}, the least that blocks of ggml hold; set group_size to one", is_refused=True
-        )
-    why = (
-        None
-        if fitting[0] == names[0]
-        else f"{'rows' if shared == columns else 'groups'} of {shared} are no multiple of {TYPES[names[0]].block}, the block of {names[0]}"
-    )
+        advice = "" if shared == columns else f"; set group_size to {least} or 128"
+        return Fit("F32", f"{what} of {shared} are no multiple of {least}, the least that blocks of ggml hold{advice}", is_refused=shared != columns)
+    smallest = names[0]
+    why = None if fitting[0] == smallest else f"{what} of {shared} are no multiple of {TYPES[smallest].block}, the block of {smallest}"
     return Fit(fitting[0], why, rounds_scales=not quantizer.portable)
 
 

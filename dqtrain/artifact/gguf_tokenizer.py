@@ -116,7 +116,7 @@ def _byte_level(told: dict[str, Any], folder: Path, writer: Any) -> _Fields:
 def _sentencepiece(told: dict[str, Any], folder: Path, writer: Any) -> _Fields:
     model = told["model"]
     steps = _steps(told["normalizer"], "normalizers") + _steps(told["pre_tokenizer"], "pretokenizers")
-    prefix = None
+    prefix = False
     for step in steps:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
             prefix = True
@@ -125,7 +125,7 @@ def _sentencepiece(told: dict[str, Any], folder: Path, writer: Any) -> _Fields:
         elif step["type"] != "Replace" or step["pattern"] != {"String": " "} or step["content"] != "▁":
             raise _unknown(folder, f"it has a step {step['type']}")
     writer.add_tokenizer_pre("default")
-    writer.add_add_space_prefix(bool(prefix))
+    writer.add_add_space_prefix(prefix)
     writer.add_remove_extra_whitespaces(False)
     tokens = {i: token for token, i in model["vocab"].items()}
     types = {i: _BYTE if len(token) == 6 and token.startswith("<0x") else _NORMAL for i, token in tokens.items()}
@@ -141,24 +141,25 @@ def _sentencepiece(told: dict[str, Any], folder: Path, writer: Any) -> _Fields:
 
 def _unigram(told: dict[str, Any], folder: Path, writer: Any) -> _Fields:
     model = told["model"]
-    prefix, removes, charsmap = None, False, None
+    prefix, charsmap, spaces = False, None, set()
     for step in _steps(told["normalizer"], "normalizers") + _steps(told["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Precompiled":
             charsmap = base64.b64decode(step["precompiled_charsmap"])
         elif step["type"] == "Metaspace" and step["replacement"] == "▁":
             prefix = step["prepend_scheme"] != "never"
-        elif (
-            step["type"] == "Replace"
-            and step["pattern"] == {"Regex": " {2,}"}
-            and step["content"] in (" ", "▁")
-            or step["type"] in ("Strip", "WhitespaceSplit")
-        ):
-            removes = True
+        elif step["type"] == "WhitespaceSplit":
+            spaces |= {"at the end", "doubled"}
+        elif step["type"] == "Strip" and step["strip_right"]:
+            spaces.add("at the end")
+        elif step["type"] == "Replace" and step["pattern"] == {"Regex": " {2,}"} and step["content"] in (" ", "▁"):
+            spaces.add("doubled")
         else:
             raise _unknown(folder, f"it has a step {step['type']}")
+    if len(spaces) == 1:
+        raise _unknown(folder, f"it removes spaces that are {spaces.pop()}, and leaves others")
     writer.add_tokenizer_pre("default")
-    writer.add_add_space_prefix(bool(prefix))
-    writer.add_remove_extra_whitespaces(removes)
+    writer.add_add_space_prefix(prefix)
+    writer.add_remove_extra_whitespaces(bool(spaces))
     if charsmap:
         writer.add_precompiled_charsmap(charsmap)
     tokens = {i: token for i, (token, _) in enumerate(model["vocab"])}

@@ -137,7 +137,7 @@ def verify_gguf(trained: PreTrainedModel, packed: Path, path: Path, model: GgufM
     Raises CheckpointError for what differs by more than it may. Beside the file a larger one, of the same values as F32, is there for the time of the test.
     """
     about = read_description(packed)
-    figures: dict[str, Any] = {"weights": _verify_weights(trained, path, model, allow_inexact)}
+    figures: dict[str, Any] = {"weights": verify_weights(trained, path, model, allow_inexact)}
     samples = _samples(held_out, trained.config)
     longest = max(max(len(sample.ids), 0 if sample.source is None else len(sample.source)) for sample in samples)
     figures["tokenizer"] = _verify_tokenizer(path, packed, samples, held_out is not None)
@@ -189,7 +189,7 @@ def verify_gguf(trained: PreTrainedModel, packed: Path, path: Path, model: GgufM
     return figures
 
 
-def _verify_weights(trained: PreTrainedModel, path: Path, model: GgufModel, allow_inexact: bool) -> dict[str, Any]:
+def verify_weights(trained: PreTrainedModel, path: Path, model: GgufModel, allow_inexact: bool = False) -> dict[str, Any]:
     """Every parameter as ggml reads it against what training computed with."""
     values, stored = read_values(path), {tensor.ours: tensor for tensor in model.tensors()}
     largest, num_exact, seen = 0.0, 0, set()
