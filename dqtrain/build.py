@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dqtrain import checkpoint, hub
+from dqtrain.artifact.export import check_targets
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import Data, RunConfig, check_ranks
 from dqtrain.data.folder import open_folder
@@ -75,6 +76,8 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     loaded = load_tokenizer(tokenizer)
     goes_on = on_rank_0(world, lambda: run.has_checkpoint)
     student, coverage, maps, weights = student_model(config, len(loaded), loaded.eos_token_id, world, goes_on)
+    for line in check_targets(config, config.export, student.config, coverage, tokenizer):
+        metrics.say(line)
     quarantine = functools.partial(_quarantined, run, world.rank) if config.data.quarantine else None
     streams = {
         split: open_stream(
@@ -499,6 +502,17 @@ def evaluation_stream(
     stream = open_stream(folders, data, model.config, seed=0, shuffle=False)
     check_vocabulary(model.config, stream.vocab_size, str(path), tokenizer)
     return stream
+
+
+def held_out_text(run: RunDir) -> AnyStream | None:
+    """The test or validation split of a run's config, whichever there is."""
+    config = run.load_config()
+    split = next((split for split in ("test", "validation") if config.data.sources(split)), None)
+    if split is None:
+        return None
+    model = read_model_config(run.student)
+    folders = prepare(config.data, split, run.student, config.data.shards or run.path / "shards", encoder_decoder=model.is_encoder_decoder)
+    return open_stream(folders, config.data, model, seed=0, shuffle=False)
 
 
 def _cache() -> Path:

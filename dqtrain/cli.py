@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from dqtrain import hub
-from dqtrain.config import BITS_OF_GRID, RunConfig, Source, check_ranks, load_config
+from dqtrain.config import BITS_OF_GRID, Export, RunConfig, Source, Target, check_ranks, load_config
 from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, DataError, Stopped, UserError
 from dqtrain.files import DISK_ERRORS
 from dqtrain.plan import GPUS, cheapest, fastest, plan
@@ -37,6 +38,7 @@ EXAMPLES = """examples:
   dqtrain sweep configs/sweeps/example.yaml --here       the same config over a grid of values; as a Slurm array with --site
   dqtrain status runs/mine                               what a run does; logs, stop and resume take the same
   dqtrain eval runs/mine --split validation
+  dqtrain export runs/mine --to gguf                     a file for llama.cpp; `dqtrain generate` runs it too
   dqtrain generate runs/mine/artifact/packed "Once upon a time"
 
 exit codes: 0 done; 2 config, 3 data, 4 checkpoint or artifact, 5 numerics: mend it first; 75 saved and stopped: start it again
@@ -215,8 +217,22 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument("--gpus", type=_positive, default=8, help="GPUs of a node (default 8)")
     planned.add_argument("--gpu", choices=list(GPUS), default="h100", help="their kind (default h100)")
     planned.add_argument("--json", action="store_true", help="print the same figures as one JSON object, in bytes and seconds")
-    export = command("export", "write and verify the artifact of a finished run again", "dqtrain export runs/mine")
+    export = command(
+        "export",
+        "write and verify artifacts of a finished run; all are made of the codes of its packed one",
+        "dqtrain export runs/mine --to packed,gguf",
+    )
     export.add_argument("run", type=Path, help="run directory")
+    export.add_argument(
+        "--to",
+        action="append",
+        metavar="TARGET",
+        help=f"{', '.join(get_args(Target))}; may be repeated or a list with commas (default: export.targets of the run; else packed, or hf for a float student)",
+    )
+    export.add_argument(
+        "--gguf", choices=get_args(Export.model_fields["gguf"].annotation), help="blocks of ternary weights in a GGUF file (default: the run's)"
+    )
+    export.add_argument("--allow-inexact", action="store_true", help="also where a target cannot hold what was trained; by how much is said")
     side_job(export)
     weights = command(
         "weights",
@@ -237,7 +253,9 @@ def _parser() -> argparse.ArgumentParser:
         "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk); data: reading samples, beside other libraries",
     )
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
-    generate.add_argument("model", type=Path, help="packed artifact, Hugging Face directory or hub id hf:NAME@COMMIT")
+    generate.add_argument(
+        "model", type=Path, help="packed artifact, GGUF file or its folder (llama.cpp runs it), Hugging Face directory, hub id hf:NAME@COMMIT or finished run"
+    )
     generate.add_argument("prompt", help="text to go on from; for an encoder-decoder the source, in the template of its training")
     generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
     quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
@@ -515,13 +533,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "weights":
         return _weights(RunDir(args.run), args.out, args.step, args.dtype)
     if args.command == "export":
-        from dqtrain.artifact.export import export
-        from dqtrain.artifact.load import chosen_checkpoint
-
-        run = RunDir(args.run)
-        result = export(run, chosen_checkpoint(run))
-        print(json.dumps(result, indent=1))
-        return 0
+        return _export(RunDir(args.run), args.to, args.gguf, args.allow_inexact)
     return _generate(hub.fetch(args.model), args.prompt, args.tokens)
 
 
@@ -566,6 +578,25 @@ def _look(args: argparse.Namespace) -> int:
         if len(found) > 1:
             raise ConfigError(f"{args.path} has {len(found)} folders of samples. Name one of them: {', '.join(str(folder) for folder, _ in found)}.")
         print(show(found[0][0], args.sample, args.tokens_per_sample, args.tokenizer, sys.stdout.isatty()))
+    return 0
+
+
+def _export(run: RunDir, to: Sequence[str] | None, gguf: str | None, allow_inexact: bool) -> int:
+    """Write a finished run's artifacts; prints one JSON object."""
+    asked = run.load_config().export
+    if to is not None:
+        known, targets = get_args(Target), [target for word in to for target in word.split(",")]
+        unknown = next((target for target in targets if target not in known), None)
+        if unknown is not None:
+            raise ConfigError(f"--to {unknown}: there is no such target; give {', '.join(known)}.")
+        asked = asked.model_copy(update={"targets": tuple(dict.fromkeys(targets))})
+    asked = asked.model_copy(update=({"gguf": gguf} if gguf else {}) | ({"allow_inexact": True} if allow_inexact else {}))
+    from dqtrain.artifact.export import export
+    from dqtrain.artifact.load import chosen_checkpoint
+    from dqtrain.build import held_out_text
+
+    held_out = held_out_text(run) if "gguf" in (asked.targets or ()) else None
+    print(json.dumps(export(run, chosen_checkpoint(run), asked, held_out), indent=1))
     return 0
 
 
@@ -634,6 +665,13 @@ def _plan(config: RunConfig, nodes: int, gpus: int, gpu: str, as_json: bool) -> 
 
 def _generate(path: Path, prompt: str, tokens: int) -> int:
     """Print the prompt and its greedy continuation."""
+    file = path if path.suffix == ".gguf" else path / "model.gguf"
+    if file.is_file():
+        from dqtrain.artifact.llama_cpp import LlamaCpp
+
+        with LlamaCpp(file) as runtime:
+            print(runtime.generate(prompt, tokens))
+        return 0
     from dqtrain.artifact.load import complete, load_spread
 
     run = RunDir(path)

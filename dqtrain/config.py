@@ -541,9 +541,18 @@ class Checkpoint(Block):
     """Those of steps that this divides are kept as well; null: none."""
 
 
+Target = Literal["packed", "gguf", "hf"]
+
+
 class Export(Block):
     checkpoint: Literal["last", "best"] = "last"
     """Which checkpoint is tested and exported: the last, or the one with the lowest validation loss."""
+    targets: tuple[Target, ...] | None = None
+    """What is made of it: packed codes, a GGUF file for llama.cpp, a Hugging Face directory of floats; null: packed, or hf for a student that is not quantized."""
+    gguf: Literal["smallest", "fastest"] = "smallest"
+    """Blocks of ternary weights in a GGUF file: TQ1_0, 1.7 bits each, or TQ2_0, 2.1 bits, which llama.cpp runs faster."""
+    allow_inexact: bool = False
+    """Whether a target may hold a weight otherwise than it was trained (the GGUF file: fp32 scales rounded to fp16, grids that ggml has not as F32), or be noisier."""
 
 
 class Log(Block):
@@ -635,7 +644,7 @@ def check_ranks(train: Train, world_size: int) -> None:
 
 PASSIVE = frozenset(
     "run.dir run.watchdog_s data.shards data.mixture data.cache.folder data.cache.gib data.quarantine log.every_steps log.weights_every_steps checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every "
-    "eval.every_steps eval.max_samples eval.generation export.checkpoint zero.student zero.teacher zero.persistence_threshold zero.live_layers zero.offload_optimizer "
+    "eval.every_steps eval.max_samples eval.generation export.checkpoint export.targets export.gguf export.allow_inexact zero.student zero.teacher zero.persistence_threshold zero.live_layers zero.offload_optimizer "
     "zero.offload_parameters zero.nvme teacher.live_layers train.activation_checkpointing train.max_skipped_steps".split()
 ) | {f"eval.generation.{name}" for name in Generation.model_fields}
 """Fields that may change when a run continues: the training goes on with the same samples and, up to the order of sums, the same numbers. Of `data.mixture`, only what

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
+from dqtrain.artifact.export_gguf import describe_gguf
 from dqtrain.artifact.size import MIB, FloatPart, artifact_bytes, export_about, float_part, num_elements, paper_bytes
-from dqtrain.config import ActivationQuant, Bits, Quant, WeightQuant, load_config
+from dqtrain.config import ActivationQuant, Bits, Export, Quant, WeightQuant, load_config
 from dqtrain.data.prepare import tokenizer_files
 from dqtrain.errors import ConfigError, DataError
 from dqtrain.models import empty_model, read_model_config
 from dqtrain.quant.diagnose import SHADES, Homogeneity, relative, similarity_picture, weight_statistics
 from dqtrain.quant.grid import compute
-from dqtrain.quant.modules import Coverage, CoverageRow, quantize_model
+from dqtrain.quant.modules import Coverage, CoverageRow, is_learned_scale, quantize_model
 from dqtrain.quant.scale import initial_learned
 from dqtrain.rundir import RunDir
 
@@ -447,8 +448,9 @@ def inspect(
             raise ConfigError(f"{path} is a float model, and nothing says how to quantize it; give --quant, such as --quant 2-2-8, or --config FILE.yaml.")
         quants, rounded = {"trained": source.quant}, source.rounded
     columns = columns_of(source, quants, rounded)
+    asked = load_config(config).export if config is not None else RunDir(path).load_config().export if RunDir(path).config.is_file() else Export()
     if as_json:
-        print(json.dumps(_finite(dict(_figures(source, columns)))))
+        print(json.dumps(_finite(dict(_figures(source, columns, asked)))))
         return 0
     try:
         "█▏…".encode(sys.stdout.encoding or "utf-8")
@@ -457,30 +459,42 @@ def inspect(
     width = max(48, shutil.get_terminal_size((120, 24)).columns)
     what = f"{text} on {', '.join(quants)}" if text else f"the quant block of {config}" if config else "as it was trained"
     print(f"{source.name}: {type(source.model).__name__}, {what}")
-    for section in _sections(source, columns, width):
+    for section in _sections(source, columns, width, asked):
         print(section, flush=True)
     return 0
 
 
-def _figures(source: Source, columns: list[Column]) -> Iterator[tuple[str, Any]]:
+def targets(source: Source, columns: list[Column], asked: Export) -> dict[str, list[str]]:
+    """What the other targets of a config hold of each way: by its label, one line for each thing to know. Raises ConfigError for a model that one does not run."""
+    if "gguf" not in (asked.targets or ()):
+        return {}
+    config, fastest = source.model.config, asked.gguf == "fastest"
+    shapes = {column.label: [t.shape for t in column.floats.tensors if not is_learned_scale(t.name)] for column in columns}
+    return {column.label: describe_gguf(config, column.coverage, shapes[column.label], fastest) for column in columns}
+
+
+def _figures(source: Source, columns: list[Column], asked: Export) -> Iterator[tuple[str, Any]]:
     """The parts of the JSON object."""
     yield "model", source.name
     yield "class", type(source.model).__name__
     yield "quant", {column.label: column.quant.model_dump(mode="json") for column in columns}
     yield "coverage", {column.label: json.loads(column.coverage.to_json()) for column in columns}
     yield "sizes", sizes(source, columns)
+    yield "targets", targets(source, columns, asked)
     errors, words = measure(source, columns, _progress) if source.read else (None, None)
     yield "errors", errors
     yield "homogeneity", words
 
 
-def _sections(source: Source, columns: list[Column], width: int) -> Iterator[str]:
+def _sections(source: Source, columns: list[Column], width: int, asked: Export) -> Iterator[str]:
     """The parts of the text, as soon as each is known."""
     found = sizes(source, columns)
     yield f"\nCOVERAGE\n{draw_coverage(columns[0].coverage, width)}"
     if len(columns) > 1:
         yield "\n".join(_notes(f"The same parameters on {', '.join(column.label for column in columns[1:])}.", width))
     yield f"\nSIZES, {found['parameters']:,} parameters\n{draw_sizes(found, width)}"
+    for label, said in targets(source, columns, asked).items():
+        yield "\n".join([f"\nTARGETS of {label}", *(line for text in said for line in _notes(text, width))])
     if source.read is None:
         yield f"\nErrors and homogeneity need weights, and {source.name} holds a config.json alone."
         return

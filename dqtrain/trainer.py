@@ -195,6 +195,7 @@ class Trainer:
         self.student.destroy()  # on every rank: what they hold would not fit beside the model that rank 0 exports
         if self.teacher is not None:
             self.teacher.destroy()
+        held_out = self.evaluation.test or self.evaluation.validation
         if self.world.rank == 0:
-            write_text(self.run.result, json.dumps(tested | {"export": export(self.run, folder)}, indent=1))
+            write_text(self.run.result, json.dumps(tested | {"export": export(self.run, folder, held_out=held_out)}, indent=1))
         barrier()

@@ -1,45 +1,98 @@
-"""A finished run's checkpoint -> a verified artifact: packed codes for a quantized student, a Hugging Face directory for a float one."""
+"""A finished run's checkpoint -> verified artifacts: packed codes of a quantized student and what is made of them, a Hugging Face directory of a float one."""
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig, PreTrainedModel
+
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.load import trained_model
-from dqtrain.errors import CheckpointError
+from dqtrain.artifact.export_gguf import GgufModel, gguf_package, notes, placements, refusal, write_gguf
+from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
+from dqtrain.artifact.llama_cpp import require_runtime
+from dqtrain.artifact.load import load_artifact, trained_model
+from dqtrain.config import Export, RunConfig, Target
+from dqtrain.data.stream import AnyStream
+from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import sync_path, write_text
-from dqtrain.models import by_names
-from dqtrain.quant.modules import float_bytes, served_parameters
+from dqtrain.models import by_names, read_model_config
+from dqtrain.quant.modules import Coverage, float_bytes, served_parameters
 from dqtrain.rundir import RunDir
 
 
-def export(run: RunDir, folder: Path) -> dict[str, Any]:
-    """Write, verify and only then publish `artifact/packed` or `artifact/hf` from a checkpoint folder; path, sizes and parity.
+def export(run: RunDir, folder: Path, asked: Export | None = None, held_out: AnyStream | None = None) -> dict[str, Any]:
+    """Write, verify and only then publish the artifacts of a checkpoint folder: of each target path, sizes and parity, the first one's outside `others`.
 
-    Raises CheckpointError when it cannot be written or does not compute what was trained; an older artifact then stays.
+    `asked`: which targets and how (default: what the run's config says). All of a quantized student are made of the codes of its packed
+    artifact, which is written first unless it is there. A runtime is compared on `held_out` text. Raises ConfigError for what a target cannot
+    hold, CheckpointError when one cannot be written or does not compute what was trained; an older artifact then stays.
     """
     config = run.load_config()
+    asked = asked or config.export
+    targets = targets_of(config, asked)
+    about = check_targets(config, asked, read_model_config(run.student), _coverage(run) if config.quant else None, run.student)
     model = trained_model(run, folder)
-    target = "packed" if config.quant is not None else "hf"
+    first: Target = "hf" if config.quant is None else "packed"
+    results: dict[Target, dict[str, Any]] = {}
+    if first in targets or not _is_packed(run, folder):
+        results[first] = _hf(run, model) if config.quant is None else _packed(run, model, folder, config)
+    for target in targets:
+        if target == "gguf":
+            results[target] = _gguf(run, model, asked, held_out) | {"notes": about}
+        elif target not in results:
+            results[target] = _hf(run, model)
+    last = targets[0] if first not in results else first
+    return results.pop(last) | ({"others": results} if results else {})
+
+
+def targets_of(config: RunConfig, asked: Export) -> tuple[Target, ...]:
+    """The targets asked for: packed, or hf for a float student, where none is named. Raises ConfigError for what a float student has not."""
+    if config.quant is None:
+        other = next((target for target in asked.targets or () if target != "hf"), None)
+        if other is not None:
+            raise ConfigError(f"the target {other} holds codes, but quant is null, so the student has none. Use the target hf.")
+    return asked.targets or ("hf" if config.quant is None else "packed",)
+
+
+def check_targets(config: RunConfig, asked: Export, model: PretrainedConfig, coverage: Coverage | None, tokenizer: Path) -> list[str]:
+    """What a person should know about the targets before training: one line each. Raises ConfigError for one that cannot hold the student as it is trained."""
+    if "gguf" not in targets_of(config, asked):
+        return []
+    assert coverage is not None, "a float student has no such target"
+    gguf, found = gguf_package(), placements(model, coverage, asked.gguf == "fastest")
+    require_runtime()
+    tokenizer_fields(tokenizer, model, gguf.GGUFWriter(None, "check"))
+    refused = refusal(found)
+    if refused is not None and not asked.allow_inexact:
+        raise ConfigError(refused)
+    return [f"gguf: {line}" for line in notes(found)]
+
+
+def _coverage(run: RunDir) -> Coverage:
+    return Coverage.from_json(run.coverage.read_text())
+
+
+def _is_packed(run: RunDir, folder: Path) -> bool:
+    """Whether the codes of this checkpoint are there and sound."""
+    try:
+        return format.read_description(run.artifact("packed"))["checkpoint"] == folder.name
+    except CheckpointError:
+        return False
+
+
+@contextmanager
+def _published(run: RunDir, target: Target) -> Iterator[Path]:
+    """A folder to write into, which replaces the artifact when all went well. Raises CheckpointError for a disk that takes no more."""
     final = run.artifact(target)
     partial, old = final.with_name(f".tmp-{target}"), final.with_name(f".old-{target}")
     try:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
-        for file in run.student.iterdir():  # config, generation config, tokenizer
-            shutil.copy(file, partial)
-        if config.quant is not None:
-            coverage = json.loads(run.coverage.read_text())
-            activations = config.quant.activations.model_dump() if config.quant.activations else None
-            about = {"activations": activations, "checkpoint": folder.name, "coverage": coverage}
-            format.write(model, partial, about)
-        else:
-            served = dict(served_parameters(model))
-            model.save_pretrained(partial, state_dict={name: served.get(names[0], tensor) for names, tensor in by_names(model) for name in names})
-        figures = parity.verify(model, partial)
-        write_text(partial / "parity.json", json.dumps(figures, indent=1))
+        yield partial
         for file in partial.iterdir():
             sync_path(file)
         if final.exists():
@@ -52,5 +105,50 @@ def export(run: RunDir, folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{final}: could not be written ({error}). Free space there, then `dqtrain export {run.path}` or `dqtrain resume {run.path}`."
         ) from None
-    size = (final / "model.safetensors").stat().st_size
-    return {"path": str(final), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": figures}
+
+
+def _figures(model: PreTrainedModel, file: Path, found: dict[str, Any]) -> dict[str, Any]:
+    size = file.stat().st_size
+    return {"path": str(file.parent), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": found}
+
+
+def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig) -> dict[str, Any]:
+    assert config.quant is not None
+    with _published(run, "packed") as partial:
+        _copy_student(run, partial)
+        activations = config.quant.activations.model_dump() if config.quant.activations else None
+        about = {"activations": activations, "checkpoint": folder.name, "coverage": json.loads(run.coverage.read_text())}
+        format.write(model, partial, about)
+        found = parity.verify(model, partial)
+        write_text(partial / "parity.json", json.dumps(found, indent=1))
+    return _figures(model, run.artifact("packed") / "model.safetensors", found)
+
+
+def _hf(run: RunDir, model: PreTrainedModel) -> dict[str, Any]:
+    """Floats that transformers loads without dqtrain: what forward computed with. Quantized activations become floats."""
+    is_quantized = run.load_config().quant is not None
+    plain = load_artifact(run.artifact("packed"), activations=False) if is_quantized else None
+    with _published(run, "hf") as partial:
+        _copy_student(run, partial)
+        served = {} if is_quantized else dict(served_parameters(model))
+        source = plain if plain is not None else model
+        source.save_pretrained(partial, state_dict={name: served.get(names[0], tensor) for names, tensor in by_names(source) for name in names})
+        found = parity.verify(model, partial, plain)
+        write_text(partial / "parity.json", json.dumps(found, indent=1))
+    return _figures(model, run.artifact("hf") / "model.safetensors", found)
+
+
+def _gguf(run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None) -> dict[str, Any]:
+    packed = run.artifact("packed")
+    with _published(run, "gguf") as partial, format.PackedTensors(packed, format.read_description(packed)) as tensors:
+        file = partial / "model.gguf"
+        made = GgufModel(tensors, model.config, asked.gguf == "fastest")
+        write_gguf(made, packed, file)
+        found = parity.verify_gguf(model, packed, file, made, held_out, asked.allow_inexact)
+        write_text(partial / "parity.json", json.dumps(found, indent=1))
+    return _figures(model, run.artifact("gguf") / "model.gguf", found)
+
+
+def _copy_student(run: RunDir, folder: Path) -> None:
+    for file in run.student.iterdir():  # config, generation config, tokenizer
+        shutil.copy(file, folder)

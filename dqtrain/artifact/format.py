@@ -12,7 +12,7 @@ The names of packed tensors differ from those of the float model, so that a load
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from dqtrain.errors import CheckpointError
 from dqtrain.files import digest, sync_path, write_text
-from dqtrain.quant.grid import WeightQuantizer
-from dqtrain.quant.modules import float_bytes, quantized_parameters, rounded_parameters, served_parameters
+from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
+from dqtrain.quant.modules import Coverage, float_bytes, quantized_parameters, rounded_parameters, served_parameters
 from dqtrain.quant.pack import pack, unpack
 
 FORMAT = 2
@@ -93,19 +93,79 @@ def read_description(folder: Path) -> dict[str, Any]:
     return about
 
 
+@dataclass(frozen=True)
+class Codes:
+    """One weight as it is stored."""
+
+    codes: Tensor  # int8, of the weight's shape
+    scale: Tensor  # fp32, flat, in the order of `quant.grid`
+    zero_point: Tensor | None  # integers in fp32, as `scale`
+    quantizer: WeightQuantizer
+
+    def value(self) -> Tensor:
+        """The real values, fp32."""
+        return self.quantizer.dequantize(self.codes, self.scale, self.zero_point)
+
+
+class PackedTensors:
+    """The tensors of a packed artifact, read one at a time: what every other target is made of. A context manager.
+
+    `about` is what `read_description` gave for the folder, which checks the file first. Raises CheckpointError for what artifact.json lists and the file lacks.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder = folder
+        self.quantized = {name: WeightQuantizer(**{key: value for key, value in grid.items() if key != "shape"}) for name, grid in about["packed"].items()}
+        self._shapes = {name: tuple(grid["shape"]) for name, grid in about["packed"].items()}
+        self._coverage = about.get("coverage")
+        try:
+            self._file = safe_open(folder / about["weights"]["file"], "pt").__enter__()
+        except SafetensorError as error:
+            raise self._damaged(str(error)) from None
+        self._keys = frozenset(self._file.keys())
+        self.floats = sorted(key for key in self._keys if key.rpartition(".")[0] not in self.quantized)
+
+    def __enter__(self) -> "PackedTensors":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    @property
+    def coverage(self) -> Coverage:
+        """What was quantized, and why the rest was not."""
+        return Coverage.from_json(json.dumps(self._coverage))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self._shapes[name] if name in self._shapes else tuple(self._file.get_slice(name).get_shape())
+
+    def codes(self, name: str) -> Codes:
+        """A quantized weight."""
+        quantizer, shape = self.quantized[name], self._shapes[name]
+        parts = ["codes", "scale"] + ["zero_point"] * isinstance(GRIDS[quantizer.grid], MinMaxAffine)
+        missing = [part for part in parts if f"{name}.{part}" not in self._keys]
+        if missing:
+            raise self._damaged(f"no {name}.{missing[0]}")
+        packed, scale, *zero_points = (self._file.get_tensor(f"{name}.{part}") for part in parts)
+        for part, values in zip(parts[1:], (scale, *zero_points), strict=True):
+            if values.numel() != quantizer.num_scales(shape, name):
+                raise self._damaged(f"{name}.{part} has {values.numel()} values for {quantizer.num_scales(shape, name)} scales")
+        return Codes(unpack(packed, shape, quantizer.levels), scale.float(), zero_points[0].float() if zero_points else None, quantizer)
+
+    def floating(self, name: str) -> Tensor:
+        """What is stored as floats, in the dtype of the file."""
+        return self._file.get_tensor(name)
+
+    def value(self, name: str) -> Tensor:
+        """A parameter or buffer: the fp32 values of its codes, or as it is stored."""
+        return self.codes(name).value() if name in self.quantized else self.floating(name)
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder}: model.safetensors does not hold what artifact.json lists ({what}). Export the run again.")
+
+
 def read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
     """Every parameter by its transformers name: packed ones as the fp32 values of their codes, the others as they are stored."""
-    result = {}
-    try:
-        with safe_open(folder / about["weights"]["file"], "pt") as file:
-            for name, grid in about["packed"].items():
-                quantizer = WeightQuantizer(**{key: value for key, value in grid.items() if key != "shape"})
-                codes = unpack(file.get_tensor(f"{name}.codes"), grid["shape"], quantizer.levels)
-                zero_point = file.get_tensor(f"{name}.zero_point").float() if f"{name}.zero_point" in file.keys() else None  # noqa: SIM118
-                result[name] = quantizer.dequantize(codes, file.get_tensor(f"{name}.scale").float(), zero_point)
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                if name.rpartition(".")[0] not in about["packed"]:
-                    result[name] = file.get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder}: model.safetensors does not hold what artifact.json lists ({error}). Export the run again.") from None
-    return result
+    with PackedTensors(folder, about) as packed:
+        return {name: packed.value(name) for name in (*packed.quantized, *packed.floats)}

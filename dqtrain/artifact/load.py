@@ -27,8 +27,8 @@ from dqtrain.rundir import RunDir
 from dqtrain.world import World
 
 
-def load_artifact(path: Path | str) -> PreTrainedModel:
-    """The model of a packed artifact, in eval mode: its weights are the values of its codes, its activations are quantized as in training.
+def load_artifact(path: Path | str, activations: bool = True) -> PreTrainedModel:
+    """The model of a packed artifact, in eval mode: its weights are the values of its codes, its activations are quantized as in training, or float.
 
     Raises CheckpointError for a damaged artifact, and for a folder that holds none.
     """
@@ -36,8 +36,9 @@ def load_artifact(path: Path | str) -> PreTrainedModel:
     about = read_description(folder)
     model = empty_model(folder)
     stored = read_weights(folder, about)
-    activations = about["activations"] and ActivationQuant(**about["activations"])
-    quantize_activations(model, Coverage.from_json(json.dumps(about["coverage"])), activations)
+    if activations:
+        settings = about["activations"] and ActivationQuant(**about["activations"])
+        quantize_activations(model, Coverage.from_json(json.dumps(about["coverage"])), settings)
     for name in stored.keys() & model.state_dict().keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys():
         # A tied head that was trained to read the table before rounding has a tensor of its own.
         model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(torch.empty(stored[name].shape))

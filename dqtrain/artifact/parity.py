@@ -1,23 +1,50 @@
-"""Does the file compute what was trained? Bit for bit on weights, and on logits."""
+"""Does the file compute what was trained? Bit for bit on weights, and on logits, in the runtime that it is for.
 
+A runtime's weights are those of training to the bit. Its logits are compared twice: with the same values as floats, where nothing but the
+order of sums differs, and as shipped, where it quantizes activations in its own way and may be off by no more than twice what
+the student's own 8-bit activations are.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from dqtrain.artifact.load import load_any
+from dqtrain.artifact.export_gguf import GgufModel, data_start, read_values, tensor_bytes, write_gguf
+from dqtrain.artifact.format import read_description
+from dqtrain.artifact.llama_cpp import LlamaCpp
+from dqtrain.artifact.load import load_any, load_artifact
+from dqtrain.artifact.size import float_part
+from dqtrain.data.prepare import load_tokenizer
+from dqtrain.data.stream import IGNORED, AnyStream
 from dqtrain.errors import CheckpointError
 from dqtrain.models import Inputs, LanguageModel
-from dqtrain.quant.modules import served_parameters
+from dqtrain.quant.activation import ActivationQuantizer
+from dqtrain.quant.modules import Coverage, is_learned_scale, quantize_activations, served_parameters
 
 LOGITS_TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest logit: the same values through the same kernels, but perhaps at other addresses."""
 
+LLAMA_CPP_TOLERANCE = 1e-3
+"""The same for llama.cpp on fp32 weights: its GELU is a table of fp16 values."""
+
+TIMES_OWN_NOISE = 2.0
+"""How far a runtime's own quantization of activations may move logits, in terms of what the student's 8-bit activations do."""
+
+NUM_TOKENS = 512
+"""Target tokens of held-out text that a runtime is compared on, or a few more, to the end of a sample; an eighth of them one by one."""
+
 
 @torch.no_grad()
-def verify(trained: PreTrainedModel, folder: Path) -> dict[str, Any]:
-    """Compare a trained (fake-quantized or float) model with what its exported folder loads as; the figures.
+def verify(trained: PreTrainedModel, folder: Path, reference: PreTrainedModel | None = None) -> dict[str, Any]:
+    """Compare a trained (fake-quantized or float) model with what its exported folder loads as; the figures. Logits are those of `reference`, if another.
 
     Raises CheckpointError that names the first tensor which is not bit-identical to the trained grid, or the difference of the logits.
     """
@@ -25,6 +52,8 @@ def verify(trained: PreTrainedModel, folder: Path) -> dict[str, Any]:
     found = dict(loaded.named_parameters())
     num_tensors = 0
     for name, tensor in served_parameters(trained):
+        if reference is not None and is_learned_scale(name):
+            continue  # of activations, which stay float there
         num_tensors += 1
         if name not in found or not torch.equal(found[name], tensor):
             difference = (found[name] - tensor).abs().max().item() if name in found else float("nan")
@@ -36,8 +65,7 @@ def verify(trained: PreTrainedModel, folder: Path) -> dict[str, Any]:
     ids = torch.randint(vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
     here = torch.ones_like(ids, dtype=torch.bool)
     inputs = Inputs(ids, here, ids.flip(1), here) if trained.config.is_encoder_decoder else Inputs(ids, here)
-    trained.eval()
-    ours, theirs = LanguageModel(trained).logits(inputs), LanguageModel(loaded).logits(inputs)
+    ours, theirs = LanguageModel((reference or trained).eval()).logits(inputs), LanguageModel(loaded).logits(inputs)
     difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
     if not difference <= LOGITS_TOLERANCE:
         raise CheckpointError(
@@ -48,3 +76,193 @@ def verify(trained: PreTrainedModel, folder: Path) -> dict[str, Any]:
         "relative_logit_difference": difference,
         "top1_agreement": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
     }
+
+
+class _Sample(NamedTuple):
+    """A text that student and runtime read."""
+
+    ids: Tensor  # int64 [tokens], of the decoder
+    labels: Tensor  # int64 [tokens], -100 where nothing is said
+    source: Tensor | None  # int64 [source tokens]
+
+    @property
+    def is_target(self) -> Tensor:
+        return self.labels != IGNORED
+
+    def of(self, model: LanguageModel) -> Tensor:
+        """Logits of a model at the targets."""
+        source = None if self.source is None else self.source[None]
+        return model.logits(Inputs(self.ids[None], self.is_target[None], source, None if source is None else torch.ones_like(source, dtype=torch.bool)))
+
+    def through(self, runtime: LlamaCpp, one_by_one: bool = False) -> Tensor:
+        """The runtime's."""
+        source = None if self.source is None else self.source.tolist()
+        return runtime.logits(self.ids.tolist(), source, one_by_one)[self.is_target]
+
+
+def _samples(held_out: AnyStream | None, config: Any) -> list[_Sample]:
+    """The first held-out texts; random words where there are none."""
+    if held_out is None:
+        tokens = min(64, getattr(config, "max_position_embeddings", None) or 64)
+        ids = torch.randint(config.vocab_size, (4, tokens + 1), generator=torch.Generator().manual_seed(0))
+        return [_Sample(row[:-1], row[1:], row.flip(0) if config.is_encoder_decoder else None) for row in ids]
+    samples, num_targets = [], 0
+    for number in range(held_out.num_samples):
+        batch = held_out.batch(np.array([number]))
+        labels = torch.from_numpy(batch.labels[0])
+        end = int((labels != IGNORED).nonzero().max()) + 1
+        source = None if batch.source_ids is None or batch.source_is_real is None else torch.from_numpy(batch.source_ids[0][batch.source_is_real[0]])
+        samples.append(_Sample(torch.from_numpy(batch.input_ids[0])[:end], labels[:end], source))
+        num_targets += int(samples[-1].is_target.sum())
+        if num_targets >= NUM_TOKENS:
+            break
+    return samples
+
+
+def _with_8_bit_inputs(packed: Path, about: dict[str, Any]) -> PreTrainedModel:
+    """The student with 8-bit activations: its own, or where it has floats those that `activations: {bits: 8}` gives."""
+    if about["activations"]:
+        return load_artifact(packed)
+    model = load_artifact(packed, activations=False)
+    rows = Coverage.from_json(json.dumps(about["coverage"])).rows
+    inputs = [replace(row, input_quantizer=ActivationQuantizer("input", 8, "per_token")) for row in rows if row.quantizer]
+    quantize_activations(model, Coverage(inputs), None)
+    return model
+
+
+@torch.no_grad()
+def verify_gguf(trained: PreTrainedModel, packed: Path, path: Path, model: GgufModel, held_out: AnyStream | None, allow_inexact: bool) -> dict[str, Any]:
+    """Compare a trained model with a GGUF file of its packed artifact: weights, logits on held-out text and size, read and run by llama.cpp; the figures.
+
+    Raises CheckpointError for what differs by more than it may. Beside the file a larger one, of the same values as F32, is there for the time of the test.
+    """
+    about = read_description(packed)
+    figures: dict[str, Any] = {"weights": verify_weights(trained, path, model, allow_inexact)}
+    samples = _samples(held_out, trained.config)
+    longest = max(max(len(sample.ids), 0 if sample.source is None else len(sample.source)) for sample in samples)
+    figures["tokenizer"] = _verify_tokenizer(path, packed, samples, held_out is not None)
+    floats = LanguageModel(load_artifact(packed, activations=False))
+    student = LanguageModel(_with_8_bit_inputs(packed, about))
+    plain = [sample.of(floats) for sample in samples]
+    as_trained = plain if not about["activations"] else [sample.of(student) for sample in samples]
+    noise = _relative_l2([sample.of(student) for sample in samples], plain)
+    few = samples[: max(1, len(samples) // 8)]
+
+    as_floats = path.with_name(f".float-{path.name}")
+    try:
+        write_gguf(model, packed, as_floats, as_float=path)
+        with LlamaCpp(as_floats, exact_cache=True, longest=longest) as runtime:
+            at_once = [sample.through(runtime) for sample in samples]
+            singly = [sample.through(runtime, one_by_one=True) for sample in few]
+    finally:
+        as_floats.unlink(missing_ok=True)
+    figures["float_activations"] = {"relative_logit_difference": _largest(at_once, plain), "one_by_one": _largest(singly, plain)}
+    with LlamaCpp(path, longest=longest) as runtime:
+        at_once = [sample.through(runtime) for sample in samples]
+        singly = [sample.through(runtime, one_by_one=True) for sample in few]
+    shipped = {
+        "target_tokens": sum(len(logits) for logits in plain),
+        "held_out_text": held_out is not None,
+        "own_8_bit_noise": noise,
+        "relative_l2": _relative_l2(at_once, plain),
+        "relative_l2_one_by_one": _relative_l2(singly, plain),
+        "relative_l2_to_trained": _relative_l2(at_once, as_trained),
+        "top1_agreement": _mean([(ours.argmax(-1) == theirs.argmax(-1)).float() for ours, theirs in zip(at_once, as_trained, strict=True)]),
+        "kl_nats": _mean([_kl(ours, theirs) for ours, theirs in zip(as_trained, at_once, strict=True)]),
+        "perplexity": _perplexity(at_once, samples),
+        "perplexity_trained": _perplexity(as_trained, samples),
+    }
+    figures["as_shipped"] = shipped
+    for name, found in figures["float_activations"].items():
+        if not found <= LLAMA_CPP_TOLERANCE:
+            raise CheckpointError(
+                f"{path}: llama.cpp computes other logits of these weights ({name} {found:.1e} of the largest, more than {LLAMA_CPP_TOLERANCE:.0e}). "
+                "Leave gguf out of the targets, and report this as a bug."
+            )
+    for name in ("relative_l2", "relative_l2_one_by_one"):
+        if not shipped[name] <= TIMES_OWN_NOISE * noise and not allow_inexact:
+            raise CheckpointError(
+                f"{path}: llama.cpp's own 8-bit activations move the logits by {shipped[name]:.1e} ({name}), more than {TIMES_OWN_NOISE:g} times what the student's do, "
+                f"{noise:.1e}. Train with activations of scale block_256, its arithmetic, or allow it: --allow-inexact."
+            )
+    figures["bytes"] = _verify_size(path, model, trained)
+    return figures
+
+
+def verify_weights(trained: PreTrainedModel, path: Path, model: GgufModel, allow_inexact: bool = False) -> dict[str, Any]:
+    """Every parameter as ggml reads it against what training computed with."""
+    values, stored = read_values(path), {tensor.ours: tensor for tensor in model.tensors()}
+    largest, num_exact, seen = 0.0, 0, set()
+    for name, tensor in served_parameters(trained):
+        if is_learned_scale(name):
+            continue
+        seen.add(name)
+        if name not in stored or stored[name].name not in values:
+            raise CheckpointError(f"{path}: holds no {name}. Report this as a bug.")
+        found, expected = model.ours(stored[name], values[stored[name].name]()), tensor.float() * model.factor(name)
+        if torch.equal(found, expected):
+            num_exact += 1
+            continue
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        largest = max(largest, difference)
+        if not (allow_inexact and name in model.placed and model.placed[name].fit.rounds_scales and difference <= 2**-11):
+            raise CheckpointError(f"{path}: {name} is not what was trained (largest difference {difference:.1e} of the largest weight). Report this as a bug.")
+    types = Counter(stored[name].type for name in model.placed)
+    return {"tensors": len(seen), "bit_identical": num_exact, "largest_relative_difference": largest, "types": dict(sorted(types.items()))}
+
+
+def _verify_tokenizer(path: Path, folder: Path, samples: list[_Sample], is_text: bool) -> dict[str, int]:
+    """Token ids of the held-out texts, by llama.cpp and by transformers."""
+    tokenizer = load_tokenizer(folder)
+    if not is_text:
+        return {"texts": 0}
+    with LlamaCpp(path, longest=8) as runtime:
+        for sample in samples:
+            for ids in (sample.ids, sample.source) if sample.source is not None else (sample.ids,):
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                ours, theirs = tokenizer.encode(text, add_special_tokens=False), runtime.encode(text)
+                if ours != theirs:
+                    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+                    raise CheckpointError(
+                        f"{path}: llama.cpp makes other tokens than the tokenizer of `{tokenizer.decode(ours[max(0, at - 3) : at + 3])}` "
+                        f"({theirs[at : at + 3]} for {ours[at : at + 3]}). Leave gguf out of the targets, and report this as a bug."
+                    )
+    return {"texts": len(samples)}
+
+
+def _verify_size(path: Path, model: GgufModel, trained: PreTrainedModel) -> dict[str, int]:
+    """Bytes of the file against those that shapes alone foretell."""
+    shapes = [tensor.shape for tensor in float_part(trained).tensors if not is_learned_scale(tensor.name)]
+    expected = tensor_bytes(trained.config, model.coverage, shapes, model.fastest)
+    size, start = path.stat().st_size, data_start(path)
+    if size - start != expected:
+        raise CheckpointError(f"{path}: its tensors take {size - start} bytes, but {expected} were foretold. Report this as a bug.")
+    return {"file": size, "tensors": expected, "tokenizer_and_settings": start}
+
+
+def _relative_l2(found: list[Tensor], expected: list[Tensor]) -> float:
+    pairs = list(zip(found, expected, strict=False))
+    above = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    return math.sqrt(above / sum(float(b.double().square().sum()) for _, b in pairs))
+
+
+def _largest(found: list[Tensor], expected: list[Tensor]) -> float:
+    pairs = list(zip(found, expected, strict=False))
+    return max(float((a - b).abs().max()) for a, b in pairs) / max(float(b.abs().max()) for _, b in pairs)
+
+
+def _kl(logits: Tensor, other: Tensor) -> Tensor:
+    ours, theirs = logits.double().log_softmax(-1), other.double().log_softmax(-1)
+    return (ours.exp() * (ours - theirs)).sum(-1)
+
+
+def _mean(parts: list[Tensor]) -> float:
+    return float(torch.cat(parts).mean())
+
+
+def _perplexity(logits: list[Tensor], samples: list[_Sample]) -> float:
+    nats = [
+        torch.nn.functional.cross_entropy(found.double(), sample.labels[sample.is_target], reduction="none")
+        for found, sample in zip(logits, samples, strict=True)
+    ]
+    return math.exp(_mean(nats))

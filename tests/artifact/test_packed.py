@@ -2,12 +2,13 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from families import FAMILIES, IDS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import dqtrain
@@ -16,6 +17,7 @@ from dqtrain.artifact.load import load_artifact
 from dqtrain.artifact.size import artifact_bytes, float_part
 from dqtrain.config import BITS_OF_GRID, Quant
 from dqtrain.errors import CheckpointError, ConfigError
+from dqtrain.files import digest
 from dqtrain.models import load_model
 from dqtrain.quant.modules import is_learned_scale, quantize_model, quantized_parameters
 from dqtrain.quant.pack import packed_bytes
@@ -173,9 +175,23 @@ def edit(packed, change):
     (packed / "artifact.json").write_text(json.dumps(written))
 
 
-def test_other_version_is_refused(packed):
-    edit(packed, lambda about: about.update(format=99))
-    with pytest.raises(CheckpointError, match="has format 99, this dqtrain reads 2"):
+@pytest.mark.parametrize("version", [1, 99])
+def test_other_version_is_refused(version, packed):
+    edit(packed, lambda about: about.update(format=version))
+    with pytest.raises(CheckpointError, match=f"has format {version}, this dqtrain reads 2"):
+        load_artifact(packed)
+
+
+@pytest.mark.parametrize("change", ["missing", "too few"])
+def test_missing_scale_is_refused(change, packed):
+    """Of a file that is whole otherwise, hash included."""
+    name, tensors = "transformer.wte.weight.scale", load_file(packed / "model.safetensors")
+    scale = tensors.pop(name)
+    save_file(tensors if change == "missing" else tensors | {name: scale[:-1]}, packed / "model.safetensors")
+    size, hash = (packed / "model.safetensors").stat().st_size, digest(packed / "model.safetensors")
+    edit(packed, lambda about: about.update(weights={"file": "model.safetensors", "bytes": size, "xxh3_128": hash}))
+    message = f"no {name}" if change == "missing" else f"{name} has {len(scale) - 1} values for {len(scale)} scales"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         load_artifact(packed)
 
 

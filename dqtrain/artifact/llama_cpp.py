@@ -1,0 +1,233 @@
+"""llama.cpp as a runtime: a GGUF file's tokens and logits, by the C interface of llama.h in the library that the wheel `xllamacpp` is built around.
+
+The wheel's own server gives log-probabilities of decoders, and does not run encoders; the functions of llama.h give every logit of both. What
+they take by value are structs that grow from version to version. So defaults come from the library itself, in more room than they need, and the few
+fields that are set here are looked at first: where one has not its known default, the layout is another one, and this file refuses to guess.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dqtrain.errors import CheckpointError, ConfigError
+
+
+class _Params(ctypes.Structure):
+    """Any struct of parameters, with room to spare: larger ones than 16 bytes travel as a copy in memory, of which the library reads its part."""
+
+    _fields_ = [("words", ctypes.c_uint32 * 256)]
+
+
+_CONTEXT = {"n_ctx": (0, 512), "n_batch": (1, 2048), "n_ubatch": (2, 512), "n_outputs_max_per_seq": (6, 1), "n_threads": (7, 4), "n_threads_batch": (8, 4)}
+_CONTEXT |= {"flash_attn_type": (13, 2**32 - 1), "type_k": (26, 1), "type_v": (27, 1)}
+"""Fields of llama_context_params that are set here: their word, and their default."""
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    ]
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_said: list[str] = []  # errors since the last call, for a message
+
+
+@_LOG
+def _hear(level: int, text: bytes, _: Any) -> None:
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
+        _said.append(text.decode(errors="replace").strip())
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        import xllamacpp
+    except ImportError:
+        raise ConfigError(
+            "running a GGUF file needs the Python package xllamacpp, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'"
+        ) from None
+    lib: Any = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    pointer, integer, flag, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool, ctypes.c_char_p
+    tokens = ctypes.POINTER(ctypes.c_int32)
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "llama_log_set": (None, [_LOG, pointer]),
+        "llama_backend_init": (None, []),
+        "llama_model_default_params": (_Params, []),
+        "llama_context_default_params": (_Params, []),
+        "llama_model_load_from_file": (pointer, [text, _Params]),
+        "llama_init_from_model": (pointer, [pointer, _Params]),
+        "llama_model_get_vocab": (pointer, [pointer]),
+        "llama_model_has_encoder": (flag, [pointer]),
+        "llama_model_decoder_start_token": (integer, [pointer]),
+        "llama_model_n_ctx_train": (integer, [pointer]),
+        "llama_vocab_n_tokens": (integer, [pointer]),
+        "llama_vocab_is_eog": (flag, [pointer, integer]),
+        "llama_vocab_eos": (integer, [pointer]),
+        "llama_vocab_bos": (integer, [pointer]),
+        "llama_tokenize": (integer, [pointer, text, integer, tokens, integer, flag, flag]),
+        "llama_detokenize": (integer, [pointer, tokens, integer, text, integer, flag, flag]),
+        "llama_batch_init": (_Batch, [integer, integer, integer]),
+        "llama_batch_free": (None, [_Batch]),
+        "llama_encode": (integer, [pointer, _Batch]),
+        "llama_decode": (integer, [pointer, _Batch]),
+        "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), [pointer, integer]),
+        "llama_get_memory": (pointer, [pointer]),
+        "llama_memory_clear": (None, [pointer, flag]),
+        "llama_free": (None, [pointer]),
+        "llama_model_free": (None, [pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        try:
+            function = getattr(lib, name)
+        except AttributeError:
+            raise _unknown(f"has no {name}") from None
+        function.restype, function.argtypes = result, arguments
+    lib.llama_log_set(_hear, None)
+    lib.llama_backend_init()
+    defaults = lib.llama_context_default_params().words
+    other = next((name for name, (word, default) in _CONTEXT.items() if defaults[word] != default), None)
+    if other is not None:
+        raise _unknown(f"has another llama_context_params, in which {other} is not where it was")
+    return lib
+
+
+def _unknown(what: str) -> ConfigError:
+    import xllamacpp
+
+    return ConfigError(f"the llama.cpp of xllamacpp {xllamacpp.__version__} {what}. Install the version that dqtrain's constraints.txt names.")
+
+
+def require_runtime() -> None:
+    """Raise ConfigError where no llama.cpp that is known can be loaded."""
+    _library()
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp on this machine's CPU, one sequence at a time. A context manager.
+
+    Keys and values are kept in fp32 where llama.cpp's own default is fp16, with `exact_cache`. Raises ConfigError without `xllamacpp` and for one whose
+    interface is not known, CheckpointError for a file that llama.cpp does not load.
+    """
+
+    def __init__(self, path: Path, exact_cache: bool = False, longest: int | None = None) -> None:
+        self._lib = _library()
+        self._model = self._context = None
+        _said.clear()
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is no file. Export it with `dqtrain export RUN --to gguf`.")
+        self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
+        if not self._model:
+            raise CheckpointError(f"{path}: llama.cpp does not load it ({'; '.join(_said[:2]) or 'it says no reason'}). Export it again.")
+        self.longest = longest or self._lib.llama_model_n_ctx_train(self._model)
+        params = self._lib.llama_context_default_params()
+        threads = torch.get_num_threads()
+        fields = {"n_ctx": self.longest, "n_batch": self.longest, "n_ubatch": self.longest, "n_outputs_max_per_seq": self.longest}
+        fields |= {"n_threads": threads, "n_threads_batch": threads}
+        if exact_cache:
+            fields |= {"flash_attn_type": 0, "type_k": 0, "type_v": 0}
+        for name, found in fields.items():
+            params.words[_CONTEXT[name][0]] = found
+        self._context = self._lib.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise CheckpointError(f"{path}: llama.cpp makes no context of {self.longest} tokens for it ({'; '.join(_said[:2])}).")
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.vocab_size = self._lib.llama_vocab_n_tokens(self._vocab)
+        self.has_encoder = self._lib.llama_model_has_encoder(self._model)
+        self.path = path
+
+    def __enter__(self) -> "LlamaCpp":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._model = self._context = None
+
+    def logits(self, ids: Sequence[int], source: Sequence[int] | None = None, one_by_one: bool = False) -> Tensor:
+        """Logits behind each token of a decoder, fp32 [tokens, vocabulary], in one pass or token `one_by_one`; `source` is what the encoder reads first."""
+        self._forget(source)
+        if one_by_one:
+            return torch.cat([self._decode([token], place) for place, token in enumerate(ids)])
+        return self._decode(ids, 0)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text; with those that the tokenizer puts around it if `special`."""
+        raw = text.encode()
+        room = len(raw) + 8
+        ids = (ctypes.c_int32 * room)()
+        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, special, False)
+        assert count >= 0, "a token is no shorter than a byte"
+        return ids[:count]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special ones."""
+        room = 64 + 64 * len(ids)
+        while True:
+            text = ctypes.create_string_buffer(room)
+            count = self._lib.llama_detokenize(self._vocab, (ctypes.c_int32 * len(ids))(*ids), len(ids), text, room, True, False)
+            if count >= 0:
+                return text.raw[:count].decode(errors="replace")
+            room = -count
+
+    def generate(self, prompt: str, tokens: int) -> str:
+        """The prompt and its greedy continuation of up to `tokens` tokens; of an encoder-decoder what it writes for the prompt. Raises ConfigError for too many."""
+        eos = self._lib.llama_vocab_eos(self._vocab)
+        ids, source = self.encode(prompt), None
+        if self.has_encoder:
+            source = self.encode(prompt, special=True)
+            source += [] if source[-1:] == [eos] else [eos]
+            ids = [self._lib.llama_model_decoder_start_token(self._model)]
+        ids = ids or [eos]
+        if len(ids) + tokens > self.longest or len(source or ()) > self.longest:
+            raise ConfigError(
+                f"the prompt has {len(source or ids)} tokens and {tokens} more are asked, but {self.path} has {self.longest} positions; ask for fewer."
+            )
+        self._forget(source)
+        written: list[int] = []
+        logits = self._decode(ids, 0)
+        while len(written) < tokens:
+            token = int(logits[-1].argmax())
+            if self._lib.llama_vocab_is_eog(self._vocab, token):
+                break
+            written.append(token)
+            logits = self._decode([token], len(ids) + len(written) - 1)
+        return self.decode(written) if self.has_encoder else self.decode([*ids, *written])
+
+    def _forget(self, source: Sequence[int] | None) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        if source is not None:
+            self._run(self._lib.llama_encode, source, 0)
+
+    def _decode(self, ids: Sequence[int], first: int) -> Tensor:
+        self._run(self._lib.llama_decode, ids, first)
+        rows = [np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, i), (self.vocab_size,)) for i in range(len(ids))]
+        return torch.from_numpy(np.stack(rows))
+
+    def _run(self, function: Any, ids: Sequence[int], first: int) -> None:
+        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = int(token), first + i, 1, 0, 1
+            _said.clear()
+            code = function(self._context, batch)
+        finally:
+            self._lib.llama_batch_free(batch)
+        if code:
+            raise CheckpointError(f"{self.path}: llama.cpp refuses {len(ids)} tokens behind {first} (code {code}; {'; '.join(_said[:2])}).")

@@ -1,0 +1,136 @@
+"""The tables of docs/artifacts.md are what running every family, target and grid gives. With WRITE_TABLES=1 in the environment they are written anew."""
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from test_ggml_blocks import by_package, drawn
+from test_gguf import GATED, WIDE, AutoModel
+from test_packed import about, settings
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, T5Config
+
+from dqtrain.artifact import format, parity
+from dqtrain.artifact.export_gguf import GgufModel, family, refusal, write_gguf
+from dqtrain.artifact.ggml_blocks import as_tensor, fit, pack, rows_of
+from dqtrain.config import BITS_OF_GRID
+from dqtrain.data.prepare import load_tokenizer
+from dqtrain.errors import ConfigError
+from dqtrain.quant.grid import WeightQuantizer
+from dqtrain.quant.modules import quantize_model
+
+DOC = Path(__file__).parents[2] / "docs/artifacts.md"
+GRIDS = [(grid, bits) for grid, widths in BITS_OF_GRID.items() for bits in widths]
+RUN_BY_LLAMA_CPP = {
+    "gpt2": GPT2Config(n_embd=256, n_layer=1, n_head=4, n_positions=16, vocab_size=300),
+    "llama": LlamaConfig(**WIDE | {"num_hidden_layers": 1}, vocab_size=300),
+    "mistral": MistralConfig(**WIDE | {"num_hidden_layers": 1, "sliding_window": None}, vocab_size=300),
+    "qwen2": Qwen2Config(**WIDE | {"num_hidden_layers": 1}, vocab_size=300, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**WIDE | {"num_hidden_layers": 1, "head_dim": 64}, vocab_size=300),
+    "t5": T5Config(**GATED, d_model=256, num_layers=1, num_decoder_layers=1, vocab_size=300, decoder_start_token_id=0),
+}
+
+
+def row(*cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def blocks_table():
+    """What ggml has for a grid, each cell packed and read back by ggml's dequantizer."""
+    cases = {
+        "rows of 256 k": ("per_row", None, 512, True),
+        "rows of 32 k": ("per_row", None, 96, True),
+        "groups of 128": ("per_group", 128, 512, True),
+        "groups of 64": ("per_group", 64, 512, True),
+        "groups of 16": ("per_group", 16, 512, True),
+        "fp32 scales": ("per_row", None, 512, False),
+    }
+    lines = [row("grid", "bits", *cases), row(*["---"] * (2 + len(cases)))]
+    for grid, bits in GRIDS:
+        cells = []
+        for granularity, group_size, columns, portable in cases.values():
+            quantizer = WeightQuantizer(grid, bits, granularity, group_size, 0, portable)
+            found = fit(quantizer, columns)
+            if found.is_refused:
+                cells.append("refused")
+                continue
+            codes, scale, zero_point = drawn(quantizer, (5, columns))
+            read = as_tensor(by_package(pack(rows_of(codes, scale, zero_point, quantizer), found.type), found.type), quantizer)
+            is_exact = torch.equal(read, quantizer.dequantize(codes, scale, zero_point))
+            assert is_exact != found.rounds_scales
+            cells.append(found.type if is_exact else f"inexact {found.type}")
+        lines.append(row(grid, bits, *cells))
+    return lines
+
+
+def families_table(tokenizer):
+    """Every family on every grid: the targets packed and gguf are written, loaded and compared, weight by weight."""
+    lines = [row("grid", "bits", "packed", *(f"gguf: {name}" for name in RUN_BY_LLAMA_CPP)), row(*["---"] * (3 + len(RUN_BY_LLAMA_CPP)))]
+    torch.manual_seed(0)
+    students = {name: AutoModel(config).eval() for name, config in RUN_BY_LLAMA_CPP.items()}
+    for grid, bits in GRIDS:
+        quant = settings(bits, bits, None, None, grid, "per_row")
+        cells = []
+        for student in students.values():
+            model = copy.deepcopy(student)
+            coverage = quantize_model(model, quant)
+            with tempfile.TemporaryDirectory() as place:
+                folder = Path(place)
+                model.config.save_pretrained(folder)
+                load_tokenizer(tokenizer).save_pretrained(folder)
+                format.write(model, folder, about(quant, coverage))
+                parity.verify(model, folder)
+                with format.PackedTensors(folder, format.read_description(folder)) as tensors:
+                    target = GgufModel(tensors, model.config)
+                    if refusal(list(target.placed.values())):
+                        cells.append("refused")
+                        continue
+                    write_gguf(target, folder, folder / "model.gguf")
+                    found = parity.verify_weights(model, folder / "model.gguf", target)
+                    cells.append(", ".join(found["types"]))
+        lines.append(row(grid, bits, "exact", *cells))
+    return lines
+
+
+def others_table():
+    """Every family that dqtrain quantizes: its packed artifact is written, loaded and compared; whether llama.cpp runs it as transformers does."""
+    lines = [row("family", "packed", "gguf"), row("---", "---", "---")]
+    quant = settings(2, 2, 8)
+    for name, make in FAMILIES.items():
+        model = make()
+        coverage = quantize_model(model, quant)
+        with tempfile.TemporaryDirectory() as place:
+            model.config.save_pretrained(place)
+            format.write(model, Path(place), about(quant, coverage))
+            parity.verify(model, Path(place))
+        try:
+            said = f"as {family(model.config).arch}"
+        except ConfigError as error:
+            said = f"refused: {str(error).split('. Use')[0]}"
+        lines.append(row(name, "exact", said))
+    return lines
+
+
+def compare(name, lines):
+    before, mark, rest = DOC.read_text().partition(f"<!-- {name} -->\n")
+    table, end, after = rest.partition(f"<!-- end of {name} -->")
+    if os.environ.get("WRITE_TABLES"):
+        DOC.write_text(before + mark + "\n".join(lines) + "\n" + end + after)
+    else:
+        assert table.splitlines() == lines
+
+
+def test_blocks_that_hold_a_grid():
+    compare("blocks", blocks_table())
+
+
+def test_families_that_llama_cpp_does_not_run():
+    compare("others", others_table())
+
+
+@pytest.mark.slow
+def test_families_on_every_grid(world):
+    compare("families", families_table(world / "tokenizer"))

@@ -1,0 +1,381 @@
+"""GGUF files: blocks that ggml reads back to the bit, and models that llama.cpp runs as they were trained."""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+
+import gguf
+import pytest
+import torch
+from test_packed import about, settings
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
+
+from dqtrain.artifact import format, parity
+from dqtrain.artifact.export_gguf import GgufModel, family, write_gguf
+from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
+from dqtrain.artifact.llama_cpp import LlamaCpp
+from dqtrain.config import Pairs, Quant
+from dqtrain.data.prepare import load_tokenizer, prepare
+from dqtrain.data.stream import PairStream, Stream
+from dqtrain.errors import CheckpointError, ConfigError
+from dqtrain.models import LanguageModel, inputs_of, load_model
+from dqtrain.quant.activation import calibrate
+from dqtrain.quant.modules import quantize_model
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A run whose config asks for packed codes, a GGUF file and floats."""
+    from conftest import Run, config_text
+
+    folder = tmp_path_factory.mktemp("gguf")
+    changes = {
+        "export": "{targets: [packed, gguf, hf]}",
+        "train": "{steps: 30, global_batch: 8, micro_batch: 4, lr: 5.0e-3, scale_lr: 5.0e-3, warmup_steps: 2}",
+    }
+    (folder / "run.yaml").write_text(config_text(world, folder / "run", zero="{student: 1, teacher: 0}", checkpoint="{every_steps: 30}", **changes))
+    run = Run(folder / "run", folder / "run.yaml")
+    code, output = run.train(ranks=1)
+    assert code == 0, output
+    return run, output
+
+
+def test_a_run_ends_with_every_target_that_it_was_asked_for(finished):
+    run, output = finished
+    assert "gguf: Q4_0 for " in output and "rows of 32 are no multiple of 256, the block of TQ1_0" in output
+    found = json.loads((run.path / "result.json").read_text())["export"]
+    assert found["path"].endswith("packed") and found["others"].keys() == {"gguf", "hf"}
+    parity = found["others"]["gguf"]["parity"]
+    assert parity["weights"]["bit_identical"] == parity["weights"]["tensors"] == 28
+    assert parity["as_shipped"]["held_out_text"] and parity["tokenizer"]["texts"] > 0
+    assert json.loads((run.path / "artifact/gguf/parity.json").read_text()) == parity
+
+
+def test_exported_again_it_is_the_same_file(finished):
+    run, _ = finished
+    before = (run.path / "artifact/gguf/model.gguf").read_bytes()
+    code, output = run.dqtrain("export", str(run.path), "--to", "gguf")
+    assert code == 0, output
+    assert json.loads(output)["path"].endswith("gguf")
+    assert (run.path / "artifact/gguf/model.gguf").read_bytes() == before
+
+
+def test_generate_runs_it(finished):
+    run, _ = finished
+    texts = {}
+    for place in ("gguf", "gguf/model.gguf", "packed"):
+        code, texts[place] = run.dqtrain("generate", str(run.path / "artifact" / place), "the cat sees", "--tokens", "8")
+        assert code == 0, texts[place]
+    assert texts["gguf"] == texts["gguf/model.gguf"] and texts["gguf"].startswith("the cat sees")
+    assert texts["gguf"] == texts["packed"]  # the words are far enough apart for 8-bit activations of either kind
+
+
+# Models of every family, trained in this process
+
+
+def byte_level(world, folder):
+    shutil.copytree(world / "tokenizer", folder)
+
+
+def sentencepiece(world, folder):
+    """BPE as Llama's: a space in front of a text, bytes for what has no word, scores in the order of the merges."""
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    # The words of a text are cut for training alone: there are no spaces left to cut at afterwards.
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    made.train_from_iterator(lines(world), trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False))
+    told = json.loads(made.to_str())
+    told["pre_tokenizer"] = None
+    told["added_tokens"] = told["added_tokens"][:3]
+    made = Tokenizer.from_str(json.dumps(told))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+
+
+def unigram(world, folder):
+    """A unigram model as T5's."""
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.Sequence([normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), "▁")])
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    made.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    made.train_from_iterator(lines(world), trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False))
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+
+
+def lines(world, split="train"):
+    return [json.loads(line)["text"] for line in (world / f"{split}.jsonl").read_text().splitlines()]
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+GATED = {"feed_forward_proj": "gated-gelu", "d_ff": 256, "d_kv": 64, "num_heads": 4, "dropout_rate": 0.0, "initializer_factor": 0.1}
+STUDENTS = {
+    "gpt2": (byte_level, GPT2Config, {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "llama": (sentencepiece, LlamaConfig, {**WIDE, "tie_word_embeddings": False}),
+    "llama, other rotations, biases": (byte_level, LlamaConfig, {**WIDE, "rope_parameters": LLAMA3, "attention_bias": True, "tie_word_embeddings": True}),
+    "mistral": (byte_level, MistralConfig, {**WIDE, "sliding_window": None, "head_dim": 64}),
+    "qwen2": (byte_level, Qwen2Config, {**WIDE, "tie_word_embeddings": True}),
+    "qwen3": (byte_level, Qwen3Config, {**WIDE, "head_dim": 64, "tie_word_embeddings": True}),
+    "t5": (unigram, T5Config, {**GATED, "feed_forward_proj": "relu", "d_model": 512, "num_layers": 2, "num_decoder_layers": 1}),
+    "t5, gated, no factor before its head": (
+        byte_level,
+        T5Config,
+        {**GATED, "d_model": 256, "num_layers": 1, "num_decoder_layers": 1, "tie_word_embeddings": False},
+    ),
+}
+QUANT = settings(2, 2, 8)
+
+
+@functools.cache
+def _students():
+    return {}
+
+
+@pytest.fixture
+def student(world, tmp_path_factory):
+    """Name -> (folder of a small float model that was trained on the corpus, held-out text)."""
+
+    def make(name):
+        if name not in _students():
+            folder = tmp_path_factory.mktemp("student")
+            tokenizer, config, shape = STUDENTS[name]
+            tokenizer(world, folder / "model")
+            told = load_tokenizer(folder / "model")
+            ids = {"eos_token_id": told.eos_token_id, "bos_token_id": told.bos_token_id or 0, "pad_token_id": told.pad_token_id, "decoder_start_token_id": 0}
+            torch.manual_seed(0)
+            model = AutoModel(config(vocab_size=len(told), **ids, **shape))
+            streams = {split: stream_of(world, folder, split, model.config) for split in ("train", "test")}
+            learn(model, streams["train"], 40, 2e-3)
+            model.save_pretrained(folder / "model")
+            _students()[name] = folder / "model", streams["test"]
+        return _students()[name]
+
+    return make
+
+
+def AutoModel(config):
+    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+
+
+def stream_of(world, folder, split, config):
+    """Windows of text; of an encoder-decoder the two halves of each line."""
+    if not config.is_encoder_decoder:
+        return Stream(prepare(f"{world}/{split}.jsonl", split, folder / "model", folder / "shards"), 32, 0, split == "train")
+    file = folder / f"{split}.jsonl"
+    words = [line.split() for line in lines(world, split)]
+    file.write_text("".join(json.dumps({"source": " ".join(w[: len(w) // 2]), "target": " ".join(w[len(w) // 2 :])}) + "\n" for w in words))
+    pairs = Pairs(source_tokens=48, target_tokens=48)
+    shards = prepare(str(file), split, folder / "model", folder / "shards", pairs=pairs, encoder_decoder=True)
+    return PairStream(shards, 0, split == "train", config.pad_token_id or 0, config.decoder_start_token_id)
+
+
+def learn(model, stream, steps, lr):
+    """Steps of ordinary training, in place."""
+    language_model, optimizer = LanguageModel(model.train()), torch.optim.AdamW(model.parameters(), lr)
+    for step in range(steps):
+        inputs, labels = inputs_of(stream.batch(range(step * 8, step * 8 + 8)), torch.device("cpu"))
+        torch.nn.functional.cross_entropy(language_model.logits(inputs), labels[inputs.is_target]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def packed_artifact(student, quant, folder, steps=4):
+    """(student trained on with this quantization, its packed artifact, held-out text)."""
+    source, held_out = student
+    model = load_model(source)
+    coverage = quantize_model(model, quant)
+    calibrate(model, lambda: LanguageModel(model)(inputs_of(held_out.batch(range(8)), torch.device("cpu"))[0]))
+    learn(model, held_out, steps, 5e-4)  # any text will do
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    format.write(model, folder, about(quant, coverage))
+    return model, folder, held_out
+
+
+def to_gguf(made, path, fastest=False, allow_inexact=False, spoil=lambda path: None):
+    """Figures of the file that is made, and spoiled before it is looked at."""
+    model, packed, held_out = made
+    with format.PackedTensors(packed, format.read_description(packed)) as tensors:
+        target = GgufModel(tensors, model.config, fastest)
+        write_gguf(target, packed, path)
+        spoil(path)
+        return parity.verify_gguf(model, packed, path, target, held_out, allow_inexact)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_llama_cpp_computes_what_was_trained(name, student, tmp_path):
+    made = packed_artifact(student(name), QUANT, tmp_path / "packed")
+    for fastest in (False, True):
+        found = to_gguf(made, tmp_path / "model.gguf", fastest)
+        weights, shipped = found["weights"], found["as_shipped"]
+        assert weights["bit_identical"] == weights["tensors"] and weights["largest_relative_difference"] == 0.0
+        assert weights["types"]["TQ2_0" if fastest else "TQ1_0"] >= 8
+        assert shipped["perplexity"] == pytest.approx(shipped["perplexity_trained"], rel=0.05)
+        assert shipped["perplexity"] < 0.8 * len(load_tokenizer(made[1]))  # it learned something
+        assert shipped["top1_agreement"] > 0.9 and shipped["kl_nats"] < 0.01
+        assert found["tokenizer"]["texts"] >= 8
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert ("output.weight" in [tensor.name for tensor in reader.tensors]) == (name in ("llama", "mistral"))
+
+
+def test_activations_as_llama_cpp_computes_them_leave_its_rounding_alone(student, tmp_path):
+    """A student of scale block_256 was trained with llama.cpp's own 8 bits: as shipped it is nearer to what was trained than to its float twin."""
+    quant = QUANT.model_copy(update={"activations": QUANT.activations.model_copy(update={"scale": "block_256"})})
+    shipped = to_gguf(packed_artifact(student("llama"), quant, tmp_path / "packed"), tmp_path / "model.gguf")["as_shipped"]
+    assert shipped["relative_l2_to_trained"] < 0.7 * shipped["relative_l2"]
+
+
+def test_a_student_of_float_activations_is_compared_with_8_bit_noise(student, tmp_path):
+    found = to_gguf(packed_artifact(student("qwen2"), settings(4, 4, activations=None), tmp_path / "packed"), tmp_path / "model.gguf")
+    assert 0 < found["as_shipped"]["relative_l2"] <= 2 * found["as_shipped"]["own_8_bit_noise"]
+    assert found["weights"]["types"] == {"Q4_0": 15}
+
+
+def test_learned_scales_of_activations_and_floats_of_conv1d(student, tmp_path):
+    quant = Quant.model_validate(
+        {
+            "linears": {"bits": 3, "grid": "lsq", "granularity": "per_group", "group_size": 32},
+            "embeddings": {"bits": 2, "grid": "seq", "granularity": "per_row"},
+            "positions": None,
+            "activations": {"bits": 8, "scale": "learned"},
+            "overrides": [{"match": "*.0.mlp.c_fc.weight", "keep_float": True}],
+            "float_head": True,
+        }
+    )
+    found = to_gguf(packed_artifact(student("gpt2"), quant, tmp_path / "packed"), tmp_path / "model.gguf")
+    assert found["weights"]["bit_identical"] == found["weights"]["tensors"] == 29  # the head is one of its own
+    assert found["weights"]["types"] == {"Q2_K": 1, "Q4_0": 7}
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_verify_notices_a_flipped_bit(student, tmp_path):
+    made = packed_artifact(student("llama"), QUANT, tmp_path / "packed", steps=0)
+    with pytest.raises(CheckpointError, match=r"is not what was trained \(largest difference"):
+        to_gguf(made, tmp_path / "model.gguf", spoil=flip_a_bit)
+
+
+@pytest.mark.parametrize("cut", [100, -100])
+def test_a_truncated_file_is_refused(cut, student, tmp_path):
+    made = packed_artifact(student("llama"), QUANT, tmp_path / "packed", steps=0)
+    to_gguf(made, tmp_path / "model.gguf")
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match="llama.cpp does not load it"):
+        LlamaCpp(tmp_path / "cut.gguf")
+    with pytest.raises(CheckpointError, match="is no file"):
+        LlamaCpp(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BartConfig(), r"runs gpt2, llama, mistral, qwen2, qwen3, t5, and this model is bart\. Use the target packed, or hf"),
+        (GPT2Config(activation_function="relu"), "activation_function of this gpt2 is relu, but llama.cpp computes gelu_new"),
+        (MistralConfig(sliding_window=16), "sliding_window of this mistral is 16, but llama.cpp looks at all positions"),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            "rope_type of this llama is linear, but dqtrain writes default and",
+        ),
+        (T5Config(num_layers=1, num_decoder_layers=2), "1 encoder layers and 2 of its decoder, but llama.cpp has no room for a deeper decoder"),
+        (T5Config(feed_forward_proj="gated-silu"), "feed_forward_proj of this t5 is gated-silu"),
+    ],
+)
+def test_models_that_llama_cpp_computes_otherwise_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        family(config)
+
+
+def word_level(world, folder):
+    made = Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="<s>"))
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<s>", unk_token="<s>").save_pretrained(folder)
+
+
+def own_words(world, folder):
+    byte_level(world, folder)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, told["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "size", "message"),
+    [(word_level, 300, "its model is WordLevel"), (own_words, 300, "it cuts words by"), (byte_level, 299, "300 words, but the model 299")],
+)
+def test_tokenizers_that_llama_cpp_has_not_are_refused(tokenizer, size, message, world, tmp_path):
+    tokenizer(world, tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match=message):
+        tokenizer_fields(tmp_path / "tokenizer", GPT2Config(vocab_size=size), gguf.GGUFWriter(None, "gpt2"))
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level, sentencepiece, unigram])
+def test_llama_cpp_makes_the_same_tokens(tokenizer, world, student, tmp_path):
+    made = packed_artifact(student({byte_level: "qwen2", sentencepiece: "llama", unigram: "t5"}[tokenizer]), QUANT, tmp_path / "packed", steps=0)
+    with format.PackedTensors(made[1], format.read_description(made[1])) as tensors:
+        write_gguf(GgufModel(tensors, made[0].config), made[1], tmp_path / "model.gguf")
+    ours = load_tokenizer(made[1])
+    texts = [*lines(world, "test"), "the  cat   sees", " the", "thecat, dog! 12345 a1b2", "don't we'll", "line\n\n\tnext", "é ☃ 日本", ""]
+    if tokenizer is unigram:
+        texts = [text for text in texts if text.isascii() and "\n" not in text]  # other words than its own are cut into unknowns elsewhere
+    with LlamaCpp(tmp_path / "model.gguf") as runtime:
+        for text in texts:
+            assert runtime.encode(text) == ours.encode(text, add_special_tokens=False), text
+            assert runtime.encode(text, special=True) == ours.encode(text), text
+        for text in lines(world, "test"):
+            assert runtime.decode(runtime.encode(text)) == text
+
+
+def test_what_a_target_cannot_hold_is_said_before_training(make_run, tmp_path):
+    quant = "{linears: {bits: 8, grid: affine, granularity: per_row}, embeddings: {bits: 4, granularity: per_row}, positions: null, activations: {bits: 8}}"
+    run = make_run(quant=quant, export="{targets: [packed, gguf]}")
+    code, output = run.train(ranks=1)
+    assert code == 2 and not (run.path / "log.jsonl").exists()
+    assert (
+        "gguf cannot hold transformer.h.0.attn.c_attn.weight, transformer.h.0.attn.c_proj.weight, transformer.h.0.mlp.c_fc.weight and 5 more: 511 levels"
+        in output
+    )
+    assert "a symmetric grid of 8 bits fits" in output and "--allow-inexact" in output
+    teacher = run.config.read_text().split("teacher: {path: ")[1].split("}")[0]
+    code, output = run.dqtrain("inspect", teacher, "--config", str(run.config))
+    assert code == 0 and "gguf cannot hold transformer.h.0.attn.c_attn.weight" in " ".join(output.split()), output
+
+
+def test_without_the_packages_it_is_said_what_to_install(finished):
+    run, _ = finished
+    for module, arguments in {"gguf": ["export", str(run.path), "--to", "gguf"], "xllamacpp": ["generate", str(run.path / "artifact/gguf"), "a"]}.items():
+        program = f"import sys; sys.modules[{module!r}] = None; from dqtrain.cli import main; sys.exit(main({arguments!r}))"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 2 and f"needs the Python package {module}" in done.stderr and "pip install 'dqtrain[runtimes]'" in done.stderr, done.stderr
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", f"{program.split(';')[0]}; sys.modules['gguf'] = sys.modules['xllamacpp'] = None; import dqtrain, dqtrain.build"]
+        ).returncode
+        == 0
+    )
+
+
+def test_unknown_target(finished):
+    run, _ = finished
+    code, output = run.dqtrain("export", str(run.path), "--to", "packed,pickle")
+    assert code == 2 and "--to pickle: there is no such target; give packed, gguf, hf." in output
