@@ -50,8 +50,7 @@ class Trainer:
     saver: checkpoint.Saver = field(init=False)
 
     def __post_init__(self) -> None:
-        keep = self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
-        self.saver = checkpoint.Saver(self.run.checkpoints, self.world, *keep, self.run.event)
+        self.saver = checkpoint.Saver(self.run.checkpoints, self.world, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, self.run.event)
 
     def train(self) -> None:
         """Run to the last step from wherever the run stands; raises Stopped after a complete checkpoint when asked to stop. Collective."""
@@ -195,7 +194,7 @@ class Trainer:
         self.student.destroy()  # on every rank: what they hold would not fit beside the model that rank 0 exports
         if self.teacher is not None:
             self.teacher.destroy()
-        held_out = self.evaluation.test or self.evaluation.validation
         if self.world.rank == 0:
-            write_text(self.run.result, json.dumps(tested | {"export": export(self.run, folder, held_out=held_out)}, indent=1))
+            tested["export"] = export(self.run, folder, held_out=self.evaluation.test or self.evaluation.validation)
+            write_text(self.run.result, json.dumps(tested, indent=1))
         barrier()
