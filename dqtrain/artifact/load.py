@@ -1,6 +1,5 @@
 """An artifact, or any model directory or run, as a transformers model that computes what was trained."""
 
-import json
 import shutil
 import tempfile
 import warnings
@@ -16,42 +15,29 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dqtrain import checkpoint
-from dqtrain.artifact.format import read_description, read_weights
-from dqtrain.config import ActivationQuant, Generation
+from dqtrain.artifact.pretrained import DTYPES, METHOD
+from dqtrain.config import Generation
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.generation import generate as write
-from dqtrain.models import by_names, empty_model, load_model, meta_model, open_head, open_weights
-from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model, round_matrices
+from dqtrain.models import by_names, empty_model, load_model, meta_model, model_class, open_head, open_weights, read_model_config
+from dqtrain.quant.modules import quantize_model, round_matrices
 from dqtrain.rundir import RunDir
 from dqtrain.world import World
 
 
-def load_artifact(path: Path | str) -> PreTrainedModel:
-    """The model of a packed artifact, in eval mode: its weights are the values of its codes, its activations are quantized as in training.
+def load_artifact(path: Path | str, mode: str = "exact") -> PreTrainedModel:
+    """The model of a packed artifact, in eval mode: `exact`, `dense` or `fast` (`pretrained`); as transformers' from_pretrained gives it after `import dqtrain`.
 
-    Raises CheckpointError for a damaged artifact, and for a folder that holds none.
+    Raises CheckpointError for a damaged artifact and for a folder that holds none, ConfigError for what a mode cannot do.
     """
     folder = Path(path)
-    about = read_description(folder)
-    model = empty_model(folder)
-    stored = read_weights(folder, about)
-    activations = about["activations"] and ActivationQuant(**about["activations"])
-    quantize_activations(model, Coverage.from_json(json.dumps(about["coverage"])), activations)
-    for name in stored.keys() & model.state_dict().keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys():
-        # A tied head that was trained to read the table before rounding has a tensor of its own.
-        model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(torch.empty(stored[name].shape))
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in stored:
-                buffer.copy_(stored[name])
-        for name, parameter in model.named_parameters():
-            if name not in stored:
-                raise CheckpointError(f"{folder}: has no tensor {name}, which {type(model).__name__} needs. Export the run again.")
-            if stored[name].shape != parameter.shape:
-                raise CheckpointError(f"{folder}: {name} has shape {tuple(stored[name].shape)}, the model's is {tuple(parameter.shape)}. Export the run again.")
-            parameter.copy_(stored[name])
-    return model.eval()
+    if not (folder / "artifact.json").is_file():
+        raise CheckpointError(f"{folder}: no artifact.json there, so that it is no packed artifact. Give a folder that `dqtrain export RUN` wrote.")
+    config = read_model_config(folder)
+    config.quantization_config = {"quant_method": METHOD, "mode": mode}
+    model = model_class(config).from_pretrained(folder, config=config, dtype=DTYPES.get(mode) or torch.float32, local_files_only=True)
+    return model
 
 
 def chosen_checkpoint(run: RunDir) -> Path:
