@@ -185,15 +185,21 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", "measure on this machine, side by side", "dqtrain bench quantizers")
     bench.add_argument(
         "what",
-        choices=["quantizers", "head", "terms", "memory", "checkpoint", "sharding"],
+        choices=["quantizers", "head", "terms", "memory", "checkpoint", "sharding", "artifact"],
         help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss; terms: what each adds to a step; "
         "memory: bytes of real engines beside those of `dqtrain plan` (8 GB, minutes); checkpoint: saving and loading; "
-        "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk)",
+        "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk); artifact: a packed artifact beside float models, in size, memory and speed",
     )
-    generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
+    generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main(" --mode fast')
     generate.add_argument("model", type=Path, help="packed artifact or Hugging Face directory")
     generate.add_argument("prompt", help="text to go on from; for an encoder-decoder the source, in the template of its training")
     generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
+    generate.add_argument(
+        "--mode",
+        choices=["exact", "dense", "fast"],
+        help="of a packed artifact: exact, as it was trained (default); dense, float activations; fast, torch's integer kernels for CPUs, float activations",
+    )
+    generate.add_argument("--compare", type=Path, metavar="MODEL", help="let this model, such as the teacher, write too")
     quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
     quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
     quickstart.add_argument("--seq2seq", action="store_true", help="an encoder-decoder that says what Python functions do, cut to one decoder layer")
@@ -395,7 +401,7 @@ def _main(argv: Sequence[str] | None) -> int:
         result = export(run, chosen_checkpoint(run))
         print(json.dumps(result, indent=1))
         return 0
-    return _generate(args.model, args.prompt, args.tokens)
+    return _generate(args.model, args.prompt, args.tokens, args.mode, args.compare)
 
 
 def _weights(run: RunDir, out: Path, step: int | None, dtype: str) -> int:
@@ -459,12 +465,16 @@ def _plan(config: RunConfig, nodes: int, gpus: int, gpu: str, as_json: bool) -> 
     return 0
 
 
-def _generate(path: Path, prompt: str, tokens: int) -> int:
-    """Print the prompt and its greedy continuation."""
-    from dqtrain.artifact.load import complete, load_spread
+def _generate(path: Path, prompt: str, tokens: int, mode: str | None, other: Path | None) -> int:
+    """Print the prompt and its greedy continuation, as it is written; below it that of another model."""
+    from dqtrain.artifact.load import complete, load_artifact, load_spread
 
-    run = RunDir(path)
-    print(complete(load_spread(path), run.student if run.config.is_file() else path, prompt, tokens))
+    for model in (path, other) if other else (path,):
+        if other:
+            print(f"{model}:")
+        run = RunDir(model)
+        loaded = load_artifact(model, mode) if mode and model == path else load_spread(model)
+        complete(loaded, run.student if run.config.is_file() else model, prompt, tokens, stream=True)
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.load import trained_model
+from dqtrain.artifact.pretrained import name_in_config
 from dqtrain.errors import CheckpointError
 from dqtrain.files import sync_path, write_text
 from dqtrain.models import by_names
@@ -35,6 +36,7 @@ def export(run: RunDir, folder: Path) -> dict[str, Any]:
             activations = config.quant.activations.model_dump() if config.quant.activations else None
             about = {"activations": activations, "checkpoint": folder.name, "coverage": coverage}
             format.write(model, partial, about)
+            name_in_config(partial)
         else:
             served = dict(served_parameters(model))
             model.save_pretrained(partial, state_dict={name: served.get(names[0], tensor) for names, tensor in by_names(model) for name in names})

@@ -54,6 +54,9 @@ class FastLinear(nn.Module):
     """x [..., in_features] in bf16 -> [..., out_features]; filled by `fill`."""
 
     weight = _STAND_IN  # what families ask the dtype of
+    codes: Tensor  # uint8 [rows, in_features / 2] in the int4 kernel's layout, or int8 [rows, in_features]
+    scales: Tensor  # bf16: [in_features / group, rows, (s, z)], or [rows]
+    lost: Tensor | None  # bf16 [rows, groups that were trained]
 
     def __init__(self, name: str, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -82,6 +85,10 @@ class FastEmbedding(nn.Embedding):
     weight: Any = _STAND_IN
     name: str
     quantizer: WeightQuantizer
+    bytes_: Tensor  # uint8, as in the file
+    powers: Tensor  # int32: of the number of levels
+    scale: Tensor  # flat, as in the file
+    zero_point: Tensor | None
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., embedding_dim] in bf16."""
@@ -89,10 +96,11 @@ class FastEmbedding(nn.Embedding):
         num_bytes, num_codes = layout(levels.count)
         element = ids.reshape(-1, 1) * self.embedding_dim + torch.arange(self.embedding_dim, device=ids.device)
         place = element // num_codes
-        word = sum(self.bytes_[place * num_bytes + i].int() << (8 * i) for i in range(num_bytes))
+        word = torch.stack([self.bytes_[place * num_bytes + i].int() << (8 * i) for i in range(num_bytes)]).sum(0)
         code = word // self.powers[element % num_codes] % levels.count + levels.low
-        scale, zero_point = (None if t is None else self._of(t, ids) for t in (self.scale, self.zero_point))
-        level = code.float().unflatten(-1, (scale.shape[-1], -1)) + (levels.offset if zero_point is None else -zero_point.unsqueeze(-1))
+        scale = self._of(self.scale, ids)
+        level = code.float().unflatten(-1, (scale.shape[-1], -1))
+        level = level + levels.offset if self.zero_point is None else level - self._of(self.zero_point, ids).unsqueeze(-1)
         return (level * scale.unsqueeze(-1)).to(torch.bfloat16).view(*ids.shape, self.embedding_dim)
 
     def _of(self, values: Tensor, ids: Tensor) -> Tensor:
@@ -117,7 +125,7 @@ def make_room(model: PreTrainedModel, packed: PackedTensors, names: Mapping[str,
         if isinstance(module, nn.Embedding):
             cls = type(module)
             module.__class__ = FastEmbedding if cls is nn.Embedding else type(f"Fast{cls.__name__}", (cls, FastEmbedding), {})
-            module.name = stored
+            module.name = stored  # type: ignore[assignment] # it is a FastEmbedding now
             del module._parameters["weight"]
         elif isinstance(module, nn.Linear | Conv1D):
             quantizer, shape = packed.quantized[stored], packed.shape(stored)
@@ -189,7 +197,7 @@ def _of_linear(module: FastLinear, packed: PackedTensors, quantizer: WeightQuant
             whole -= zero[start:end].to(torch.int32).repeat_interleave(inputs // zero.shape[1], 1)
         filled = end if end < module.out_features else num_rows
         if module.group:
-            whole = torch.nn.functional.pad(whole.add_(8), (0, 0, 0, filled - end), value=8)
+            whole = torch.nn.functional.pad(whole.add_(8), (0, 0, 0, filled - end))
             codes[start:filled] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1).view(filled - start, -1)
         else:
             doubled = whole if levels.count > 16 else whole.mul_(2).add_(int(2 * levels.offset))

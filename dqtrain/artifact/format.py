@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dqtrain.artifact.pretrained import METHOD
 from dqtrain.errors import CheckpointError
 from dqtrain.files import digest, sync_path, write_text
 from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
@@ -37,7 +36,7 @@ METADATA = {"format": "pt"}
 
 
 def write(model: PreTrainedModel, folder: Path, about: dict[str, Any]) -> None:
-    """Write a quantized model's codes and scales and artifact.json into a folder that holds its config.json, which then names dqtrain. Raises OSError."""
+    """Write a quantized model's codes and scales and artifact.json into an existing folder. Raises OSError."""
     tensors: dict[str, Tensor] = {}
     packed: dict[str, dict[str, Any]] = {}
     for parameter in quantized_parameters(model):
@@ -60,8 +59,6 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any]) -> None:
     sync_path(folder / "model.safetensors")
     size, hash = (folder / "model.safetensors").stat().st_size, digest(folder / "model.safetensors")
     write_text(folder / "artifact.json", describe(size, hash, float_bytes(model), packed, about))
-    config = json.loads((folder / "config.json").read_text())
-    write_text(folder / "config.json", json.dumps(config | {"dtype": "float32", "quantization_config": {"quant_method": METHOD}}, indent=2) + "\n")
 
 
 def describe(size: int, hash: str, fp32_bytes: int, packed: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import offload_weight, save_offload_index
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TextStreamer
 
 from dqtrain import checkpoint
 from dqtrain.artifact.pretrained import DTYPES, METHOD
@@ -137,19 +137,32 @@ def _prefixes(name: str) -> Iterator[str]:
     yield ""
 
 
-def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> str:
-    """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt."""
+def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int, stream: bool = False) -> str:
+    """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt.
+
+    Where the tokenizer has a chat template the prompt is what a user says, and the answer alone is given. `stream`: also print it, as it is written.
+    """
     tokenizer = load_tokenizer(path)
     longest = getattr(model.config, "max_position_embeddings", None)
     if model.config.is_encoder_decoder:
         if longest is not None and tokens > longest:
             raise ConfigError(f"{tokens} tokens are asked, but {path} has {longest} positions; ask for fewer.")
         world = World(0, 1, 0, input_device(model))
-        return write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world)[0]
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]], device=input_device(model))
-    if longest is not None and ids.shape[1] + tokens > longest:
-        raise ConfigError(f"the prompt has {ids.shape[1]} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")
+        text = write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world)[0]
+        if stream:
+            print(text)
+        return text
+    is_chat = tokenizer.chat_template is not None
+    if is_chat:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    if longest is not None and len(ids) + tokens > longest:
+        raise ConfigError(f"the prompt has {len(ids)} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")
+    read = torch.tensor([ids], device=input_device(model))
+    streamer = TextStreamer(tokenizer, skip_prompt=is_chat, skip_special_tokens=True) if stream else None
+    search = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.eos_token_id}
     generate: Any = model.generate
     with torch.no_grad():
-        out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+        out = generate(read, attention_mask=torch.ones_like(read), streamer=streamer, **search)
+    return tokenizer.decode(out[0, len(ids) if is_chat else 0 :], skip_special_tokens=True)

@@ -14,6 +14,7 @@ here at the top: transformers is then in the middle of its own import.
 transformers reads the floats of the file itself, and hands codes to `_Unpack`; tied weights, devices and reading in threads are its own.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dqtrain.errors import CheckpointError, ConfigError
+from dqtrain.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +39,13 @@ METHOD = "dqtrain"
 
 DTYPES = {"exact": torch.float32, "dense": None, "fast": torch.bfloat16}
 """Modes, and the one dtype in which each computes; None: any."""
+
+
+def name_in_config(folder: Path) -> None:
+    """Let the config.json of a folder say that its weights are ours. Raises OSError."""
+    path = folder / "config.json"
+    ours = {"dtype": "float32", "quantization_config": {"quant_method": METHOD}}
+    write_text(path, json.dumps(json.loads(path.read_text()) | ours, indent=2) + "\n")
 
 
 @register_quantization_config(METHOD)
@@ -129,7 +138,7 @@ class PackedQuantizer(HfQuantizer):
         from dqtrain.config import ActivationQuant
         from dqtrain.quant.modules import quantize_activations
 
-        model._weight_conversions = None  # saving a dense model then uses its family's own, and not ours backwards
+        model.__dict__["_weight_conversions"] = None  # saving a dense model then uses its family's own, and not ours backwards
         buffers = dict(model.named_buffers())
         for name in self.absent:
             buffers[name].zero_()

@@ -61,7 +61,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("quant", "shape"), CASES, ids=lambda value: f"{value.linears.grid}-{value.linears.bits}-{value.linears.granularity}" if hasattr(value, "linears") else "")
+@pytest.mark.parametrize(
+    ("quant", "shape"), CASES, ids=lambda value: f"{value.linears.grid}-{value.linears.bits}-{value.linears.granularity}" if hasattr(value, "linears") else ""
+)
 def test_every_grid(quant, shape, tmp_path, monkeypatch):
     monkeypatch.setattr(fast, "CHUNK_ELEMENTS", 1)  # then matrices of more than 320 rows come in pieces
     write(tmp_path, quant, **shape)
@@ -107,9 +109,17 @@ def test_no_matrix_is_dense_and_a_tied_one_is_there_once_for_each_use(tmp_path):
 @pytest.mark.parametrize(
     ("quant", "family", "message"),
     [
-        (settings(8, 8, grid="affine"), "gpt2", r"transformer\.h\.0\.attn\.c_attn\.weight: 8-bit codes with zero points fit no kernel. Load the artifact with mode exact"),
+        (
+            settings(8, 8, grid="affine"),
+            "gpt2",
+            r"transformer\.h\.0\.attn\.c_attn\.weight: 8-bit codes with zero points fit no kernel. Load the artifact with mode exact",
+        ),
         (settings(8, 4, granularity="per_group", group_size=32), "gpt2", r"transformer\.h\.0\.attn\.c_attn\.weight: 8-bit codes in groups fit no kernel"),
-        (settings(4, 4, granularity="per_group", group_size=16), "gpt2", r"c_attn\.weight: the kernel takes groups of 32 inputs and multiples of that, not of 16"),
+        (
+            settings(4, 4, granularity="per_group", group_size=16),
+            "gpt2",
+            r"c_attn\.weight: the kernel takes groups of 32 inputs and multiples of that, not of 16",
+        ),
         (settings(scale_dtype="fp32"), "gpt2", r"its scales are fp32 \(quant.scale_dtype\), which bf16 does not hold"),
         (settings(), "mixtral", r"experts\.gate_up_proj: MixtralExperts\.gate_up_proj is no weight of a linear layer"),
     ],

@@ -1,6 +1,7 @@
 """transformers' own from_pretrained gives the model that was trained, in each mode, for every family; without dqtrain it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import dqtrain
 from dqtrain.artifact import format
+from dqtrain.artifact.pretrained import name_in_config
+from dqtrain.cli import main
 from dqtrain.config import BITS_OF_GRID, Quant
+from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import quantize_model, quantized_parameters, served_parameters
@@ -52,6 +56,7 @@ def write(folder, quant, family="gpt2", rounded=False, **shape):
     model.eval().save_pretrained(folder)  # config.json and generation_config.json; the weights are written over
     activations = quant.activations.model_dump() if quant.activations else None
     format.write(model, folder, {"activations": activations, "coverage": json.loads(coverage.to_json())})
+    name_in_config(folder)
     return model
 
 
@@ -214,3 +219,26 @@ def test_dqtrain_is_imported_before_or_after_transformers(imports, tmp_path):
 def test_importing_dqtrain_imports_nothing_heavy():
     code = "import dqtrain, sys; print({'torch', 'transformers'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_generate_on_the_command_line(tmp_path, tokenizers, capsys):
+    """In every mode, as it is written, beside another model, and through a chat template."""
+    for file in tokenizers["gpt2"].iterdir():
+        shutil.copy(file, tmp_path)
+    model = write(tmp_path, settings(), vocab_size=11)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = torch.tensor([tokenizer.encode("a b say")])
+    out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0]
+    for mode in ([], ["--mode", "exact"]):
+        assert main(["generate", str(tmp_path), "a b say", "--tokens", "5", *mode]) == 0
+        assert capsys.readouterr().out.split() == tokenizer.decode(out, skip_special_tokens=True).split()
+    assert main(["generate", str(tmp_path), "a b", "--tokens", "3", "--mode", "fast", "--compare", str(tmp_path)]) == 0
+    first, text, second, other = capsys.readouterr().out.splitlines()
+    assert first == second == f"{tmp_path}:" and text.startswith("a b") and other.startswith("a b")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}say :"
+    tokenizer.save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "a b", "--tokens", "5"]) == 0
+    out = model.generate(torch.tensor([tokenizer.encode("a b say :")]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 4:]
+    assert capsys.readouterr().out.split() == tokenizer.decode(out, skip_special_tokens=True).split()
+    assert main(["generate", str(tmp_path / "none"), "a b", "--mode", "fast"]) == 4
+    assert "no artifact.json there" in capsys.readouterr().err
