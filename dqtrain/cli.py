@@ -246,18 +246,25 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", "measure on this machine, side by side", "dqtrain bench quantizers")
     bench.add_argument(
         "what",
-        choices=["quantizers", "head", "terms", "memory", "checkpoint", "offload", "sharding", "data"],
+        choices=["quantizers", "head", "terms", "memory", "checkpoint", "offload", "sharding", "data", "artifact"],
         help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss; terms: what each adds to a step; "
         "memory: bytes of real engines beside those of `dqtrain plan` (8 GB, minutes); checkpoint: saving and loading; "
         "offload: memory with optimizer and weights on a disk; "
-        "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk); data: reading samples, beside other libraries",
+        "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk); data: reading samples, beside other libraries; "
+        "artifact: a packed artifact beside float models, in size, memory and speed",
     )
-    generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main("')
+    generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main(" --mode fast')
     generate.add_argument(
         "model", type=Path, help="packed artifact, GGUF file or its folder (llama.cpp runs it), Hugging Face directory, hub id hf:NAME@COMMIT or finished run"
     )
     generate.add_argument("prompt", help="text to go on from; for an encoder-decoder the source, in the template of its training")
     generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
+    generate.add_argument(
+        "--mode",
+        choices=["exact", "dense", "fast"],
+        help="of a packed artifact: exact, as it was trained (default); dense, float activations; fast, torch's integer kernels for CPUs, float activations",
+    )
+    generate.add_argument("--compare", type=Path, metavar="MODEL", help="let this model, such as the teacher, write too")
     quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
     quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
     quickstart.add_argument("--seq2seq", action="store_true", help="an encoder-decoder that says what Python functions do, cut to one decoder layer")
@@ -534,7 +541,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return _weights(RunDir(args.run), args.out, args.step, args.dtype)
     if args.command == "export":
         return _export(RunDir(args.run), args.to, args.gguf, args.allow_inexact)
-    return _generate(hub.fetch(args.model), args.prompt, args.tokens)
+    return _generate(hub.fetch(args.model), args.prompt, args.tokens, args.mode, args.compare and hub.fetch(args.compare))
 
 
 def _report(message: str, share: float | None) -> None:
@@ -663,19 +670,25 @@ def _plan(config: RunConfig, nodes: int, gpus: int, gpu: str, as_json: bool) -> 
     return 0
 
 
-def _generate(path: Path, prompt: str, tokens: int) -> int:
-    """Print the prompt and its greedy continuation."""
-    file = path if path.suffix == ".gguf" else path / "model.gguf"
-    if file.is_file():
-        from dqtrain.artifact.llama_cpp import LlamaCpp
+def _generate(path: Path, prompt: str, tokens: int, mode: str | None, other: Path | None) -> int:
+    """Print the prompt and its greedy continuation, as it is written; below it that of another model."""
+    for model in (path, other) if other else (path,):
+        if other:
+            print(f"{model}:")
+        file = model if model.suffix == ".gguf" else model / "model.gguf"
+        if file.is_file():
+            from dqtrain.artifact.llama_cpp import LlamaCpp
 
-        with LlamaCpp(file) as runtime:
-            print(runtime.generate(prompt, tokens))
-        return 0
-    from dqtrain.artifact.load import complete, load_spread
+            if mode and model == path:
+                raise ConfigError(f"--mode is for packed artifacts, but llama.cpp runs {file}. Leave it out.")
+            with LlamaCpp(file) as runtime:
+                print(runtime.generate(prompt, tokens))
+            continue
+        from dqtrain.artifact.load import complete, load_artifact, load_spread
 
-    run = RunDir(path)
-    print(complete(load_spread(path), run.student if run.config.is_file() else path, prompt, tokens))
+        run = RunDir(model)
+        loaded = load_artifact(model, mode) if mode and model == path else load_spread(model)
+        complete(loaded, run.student if run.config.is_file() else model, prompt, tokens, stream=True)
     return 0
 
 

@@ -252,15 +252,18 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _class_of(config: PretrainedConfig) -> Any:
+def model_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes a language model of a config."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_model(folder: Path) -> PreTrainedModel:
     """Weights and config of a directory, in fp32, in eval mode. Raises ConfigError."""
     config = read_model_config(folder)
+    if (folder / "artifact.json").is_file():
+        raise ConfigError(f"{folder}: is a packed artifact, but a float model is needed here. Give the directory, or the unquantized run, of one.")
     try:
-        loaded: Any = _class_of(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        loaded: Any = model_class(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: transformers cannot load it ({error}). Save the model again with save_pretrained.") from None
     model, report = loaded
@@ -290,7 +293,7 @@ def new_model(architecture: dict[str, Any], vocab_size: int, eos_token_id: int, 
         raise ConfigError(f"student.architecture.{unknown[0]}: {type(config).__name__} has no such key. Use the keys of that config.")
     torch.manual_seed(seed)
     try:
-        model = _class_of(config).from_config(config, dtype=torch.float32)
+        model = model_class(config).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise ConfigError(f"student.architecture: {type(config).__name__} makes no language model of these values ({error}). Mend them.") from None
     return _checked(model, "student.architecture")
@@ -299,7 +302,7 @@ def new_model(architecture: dict[str, Any], vocab_size: int, eos_token_id: int, 
 def empty_model(folder: Path) -> PreTrainedModel:
     """The model of a directory's config, weights to be filled in by the caller."""
     config = read_model_config(folder)
-    return _checked(_class_of(config).from_config(config, dtype=torch.float32), str(folder))
+    return _checked(model_class(config).from_config(config, dtype=torch.float32), str(folder))
 
 
 def meta_model(source: Path | PretrainedConfig) -> PreTrainedModel:
@@ -310,7 +313,7 @@ def meta_model(source: Path | PretrainedConfig) -> PreTrainedModel:
     config = read_model_config(source) if isinstance(source, Path) else source
     _checked(_small(config), str(source) if isinstance(source, Path) else "student.architecture")
     with init_empty_weights(include_buffers=False):
-        model = _class_of(config).from_config(config, dtype=torch.float32).eval()
+        model = model_class(config).from_config(config, dtype=torch.float32).eval()
     model.tie_weights()  # accelerate makes a Parameter of each name
     if isinstance(source, Path) and (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
@@ -322,7 +325,7 @@ def _small(config: PretrainedConfig) -> PreTrainedModel:
     config = _of_layers(config, LayerMaps(*((0,) for _ in _stacks(config))))
     config.vocab_size = min(config.vocab_size, max(64, 1 + (config.pad_token_id or 0)))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = _class_of(config).from_config(config, dtype=torch.float32)
+        model = model_class(config).from_config(config, dtype=torch.float32)
         for parameter in model.parameters():  # a new model's logits are near 0, where nothing would show
             parameter.normal_(0, parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else parameter.normal_(1, 0.1)
     return model

@@ -14,6 +14,7 @@ from dqtrain.artifact.export_gguf import GgufModel, gguf_package, notes, placeme
 from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
 from dqtrain.artifact.llama_cpp import require_runtime
 from dqtrain.artifact.load import load_artifact, trained_model
+from dqtrain.artifact.pretrained import name_in_config
 from dqtrain.config import Export, RunConfig, Target
 from dqtrain.data.stream import AnyStream
 from dqtrain.errors import CheckpointError, ConfigError
@@ -119,6 +120,7 @@ def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig
         activations = config.quant.activations.model_dump() if config.quant.activations else None
         about = {"activations": activations, "checkpoint": folder.name, "coverage": json.loads(run.coverage.read_text())}
         format.write(model, partial, about)
+        name_in_config(partial)
         found = parity.verify(model, partial)
         write_text(partial / "parity.json", json.dumps(found, indent=1))
     return _figures(model, run.artifact("packed") / "model.safetensors", found)
@@ -127,7 +129,7 @@ def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig
 def _hf(run: RunDir, model: PreTrainedModel) -> dict[str, Any]:
     """Floats that transformers loads without dqtrain: what forward computed with. Quantized activations become floats."""
     is_quantized = run.load_config().quant is not None
-    plain = load_artifact(run.artifact("packed"), activations=False) if is_quantized else None
+    plain = load_artifact(run.artifact("packed"), mode="dense") if is_quantized else None
     with _published(run, "hf") as partial:
         _copy_student(run, partial)
         served = {} if is_quantized else dict(served_parameters(model))

@@ -1,20 +1,23 @@
 """The packed artifact: integer codes, their scales, and what is needed to read them; nothing else holds the model.
 
-    model.safetensors   NAME.codes       uint8, as many codes to a byte as fit (`quant.pack`): 5 ternary ones, 1.6 bits each
+    model.safetensors   NAME             uint8, flat, as many codes to a byte as fit (`quant.pack`): 5 ternary ones, 1.6 bits each
                         NAME.scale       real units per code, flat; float16 where the grid is portable, which holds it exactly
                         NAME.zero_point  codes, int8, of the affine grids
                         NAME             what stays float, fp32, or bf16 where training rounded it; buffers that are not zero
     artifact.json       format version, shape and grid of every packed tensor, hash of model.safetensors, coverage, sizes
     parity.json         what `parity.verify` found before the artifact was published
-    config.json, tokenizer files: as transformers writes them
+    config.json         as transformers writes it, and a quantization_config that names dqtrain (`pretrained`)
+    tokenizer files     as transformers writes them
 
-The names of packed tensors differ from those of the float model, so that a loader that knows nothing of dqtrain fails.
+Codes have the names of the float model's matrices, but one dimension: a loader that knows nothing of dqtrain then stops at their shapes, where
+it would draw random weights for names that it misses.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,9 +29,9 @@ from dqtrain.errors import CheckpointError
 from dqtrain.files import digest, sync_path, write_text
 from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
 from dqtrain.quant.modules import Coverage, float_bytes, quantized_parameters, rounded_parameters, served_parameters
-from dqtrain.quant.pack import pack, unpack
+from dqtrain.quant.pack import pack, packed_bytes, unpack
 
-FORMAT = 2
+FORMAT = 3
 METADATA = {"format": "pt"}
 
 
@@ -38,7 +41,7 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any]) -> None:
     packed: dict[str, dict[str, Any]] = {}
     for parameter in quantized_parameters(model):
         name, quantizer, scales = parameter.name, parameter.quantizer, parameter.scales()
-        tensors[f"{name}.codes"] = pack(quantizer.quantize(parameter.weight, scales), quantizer.levels)
+        tensors[name] = pack(quantizer.quantize(parameter.weight, scales), quantizer.levels)
         tensors[f"{name}.scale"] = scales.scale.to(torch.float16) if quantizer.portable else scales.scale
         if scales.zero_point is not None:
             tensors[f"{name}.zero_point"] = scales.zero_point.to(torch.int8)
@@ -93,6 +96,19 @@ def read_description(folder: Path) -> dict[str, Any]:
     return about
 
 
+def keys_of(name: str, quantizer: WeightQuantizer) -> list[str]:
+    """Under which a weight's codes, scales and, on affine grids, zero points are stored."""
+    return [name, f"{name}.scale"] + [f"{name}.zero_point"] * isinstance(GRIDS[quantizer.grid], MinMaxAffine)
+
+
+class Stored(NamedTuple):
+    """One weight's tensors in the file."""
+
+    packed: Tensor
+    scale: Tensor  # fp16 or fp32
+    zero_point: Tensor | None = None  # int8
+
+
 @dataclass(frozen=True)
 class Codes:
     """One weight as it is stored."""
@@ -107,10 +123,16 @@ class Codes:
         return self.quantizer.dequantize(self.codes, self.scale, self.zero_point)
 
 
+def as_codes(stored: Stored, shape: tuple[int, ...], quantizer: WeightQuantizer) -> Codes:
+    """A weight of this shape, unpacked. Raises CheckpointError where the bytes do not fit it."""
+    zero_point = None if stored.zero_point is None else stored.zero_point.float()
+    return Codes(unpack(stored.packed, shape, quantizer.levels), stored.scale.float(), zero_point, quantizer)
+
+
 class PackedTensors:
     """The tensors of a packed artifact, read one at a time: what every other target is made of. A context manager.
 
-    `about` is what `read_description` gave for the folder, which checks the file first. Raises CheckpointError for what artifact.json lists and the file lacks.
+    `about` is what `read_description` gave for the folder, which checks the file first. Raises CheckpointError where the file does not hold what artifact.json lists.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -123,7 +145,17 @@ class PackedTensors:
         except SafetensorError as error:
             raise self._damaged(str(error)) from None
         self._keys = frozenset(self._file.keys())
-        self.floats = sorted(key for key in self._keys if key.rpartition(".")[0] not in self.quantized)
+        for name, quantizer in self.quantized.items():
+            codes, *scales = keys_of(name, quantizer)
+            expected = {codes: packed_bytes(math.prod(self._shapes[name]), quantizer.levels)}
+            expected |= dict.fromkeys(scales, quantizer.num_scales(self._shapes[name], name))
+            for key, count in expected.items():
+                if key not in self._keys:
+                    raise self._damaged(f"no {key}")
+                found = math.prod(self._file.get_slice(key).get_shape())
+                if found != count:
+                    raise self._damaged(f"{key} has {found} values, not {count}")
+        self.floats = sorted(key for key in self._keys if key not in self.quantized and key.rpartition(".")[0] not in self.quantized)
 
     def __enter__(self) -> "PackedTensors":
         return self
@@ -140,18 +172,13 @@ class PackedTensors:
         """Shape of a parameter."""
         return self._shapes[name] if name in self._shapes else tuple(self._file.get_slice(name).get_shape())
 
+    def stored(self, name: str) -> Stored:
+        """A quantized weight as it is stored."""
+        return Stored(*(self._file.get_tensor(key) for key in keys_of(name, self.quantized[name])))
+
     def codes(self, name: str) -> Codes:
         """A quantized weight."""
-        quantizer, shape = self.quantized[name], self._shapes[name]
-        parts = ["codes", "scale"] + ["zero_point"] * isinstance(GRIDS[quantizer.grid], MinMaxAffine)
-        missing = [part for part in parts if f"{name}.{part}" not in self._keys]
-        if missing:
-            raise self._damaged(f"no {name}.{missing[0]}")
-        packed, scale, *zero_points = (self._file.get_tensor(f"{name}.{part}") for part in parts)
-        for part, values in zip(parts[1:], (scale, *zero_points), strict=True):
-            if values.numel() != quantizer.num_scales(shape, name):
-                raise self._damaged(f"{name}.{part} has {values.numel()} values for {quantizer.num_scales(shape, name)} scales")
-        return Codes(unpack(packed, shape, quantizer.levels), scale.float(), zero_points[0].float() if zero_points else None, quantizer)
+        return as_codes(self.stored(name), self._shapes[name], self.quantized[name])
 
     def floating(self, name: str) -> Tensor:
         """What is stored as floats, in the dtype of the file."""
@@ -163,9 +190,3 @@ class PackedTensors:
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.folder}: model.safetensors does not hold what artifact.json lists ({what}). Export the run again.")
-
-
-def read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
-    """Every parameter by its transformers name: packed ones as the fp32 values of their codes, the others as they are stored."""
-    with PackedTensors(folder, about) as packed:
-        return {name: packed.value(name) for name in (*packed.quantized, *packed.floats)}

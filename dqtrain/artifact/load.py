@@ -1,6 +1,5 @@
 """An artifact, or any model directory or run, as a transformers model that computes what was trained."""
 
-import json
 import shutil
 import tempfile
 import warnings
@@ -13,46 +12,32 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import offload_weight, save_offload_index
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TextStreamer
 
 from dqtrain import checkpoint
-from dqtrain.artifact.format import read_description, read_weights
-from dqtrain.config import ActivationQuant, Generation
+from dqtrain.artifact.pretrained import DTYPES, METHOD
+from dqtrain.config import Generation
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.generation import generate as write
-from dqtrain.models import by_names, empty_model, load_model, meta_model, open_head, open_weights
-from dqtrain.quant.modules import Coverage, quantize_activations, quantize_model, round_matrices
+from dqtrain.models import by_names, empty_model, load_model, meta_model, model_class, open_head, open_weights, read_model_config
+from dqtrain.quant.modules import quantize_model, round_matrices
 from dqtrain.rundir import RunDir
 from dqtrain.world import World
 
 
-def load_artifact(path: Path | str, activations: bool = True) -> PreTrainedModel:
-    """The model of a packed artifact, in eval mode: its weights are the values of its codes, its activations are quantized as in training, or float.
+def load_artifact(path: Path | str, mode: str = "exact") -> PreTrainedModel:
+    """The model of a packed artifact, in eval mode: `exact`, `dense` or `fast` (`pretrained`); as transformers' from_pretrained gives it after `import dqtrain`.
 
-    Raises CheckpointError for a damaged artifact, and for a folder that holds none.
+    Raises CheckpointError for a damaged artifact and for a folder that holds none, ConfigError for what a mode cannot do.
     """
     folder = Path(path)
-    about = read_description(folder)
-    model = empty_model(folder)
-    stored = read_weights(folder, about)
-    if activations:
-        settings = about["activations"] and ActivationQuant(**about["activations"])
-        quantize_activations(model, Coverage.from_json(json.dumps(about["coverage"])), settings)
-    for name in stored.keys() & model.state_dict().keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys():
-        # A tied head that was trained to read the table before rounding has a tensor of its own.
-        model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(torch.empty(stored[name].shape))
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in stored:
-                buffer.copy_(stored[name])
-        for name, parameter in model.named_parameters():
-            if name not in stored:
-                raise CheckpointError(f"{folder}: has no tensor {name}, which {type(model).__name__} needs. Export the run again.")
-            if stored[name].shape != parameter.shape:
-                raise CheckpointError(f"{folder}: {name} has shape {tuple(stored[name].shape)}, the model's is {tuple(parameter.shape)}. Export the run again.")
-            parameter.copy_(stored[name])
-    return model.eval()
+    if not (folder / "artifact.json").is_file():
+        raise CheckpointError(f"{folder}: no artifact.json there, so that it is no packed artifact. Give a folder that `dqtrain export RUN` wrote.")
+    config = read_model_config(folder)
+    config.quantization_config = {"quant_method": METHOD, "mode": mode}
+    model = model_class(config).from_pretrained(folder, config=config, dtype=DTYPES.get(mode) or torch.float32, local_files_only=True)
+    return model
 
 
 def chosen_checkpoint(run: RunDir) -> Path:
@@ -152,19 +137,32 @@ def _prefixes(name: str) -> Iterator[str]:
     yield ""
 
 
-def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int) -> str:
-    """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt."""
+def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int, stream: bool = False) -> str:
+    """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt.
+
+    Where the tokenizer has a chat template the prompt is what a user says, and the answer alone is given. `stream`: also print it, as it is written.
+    """
     tokenizer = load_tokenizer(path)
     longest = getattr(model.config, "max_position_embeddings", None)
     if model.config.is_encoder_decoder:
         if longest is not None and tokens > longest:
             raise ConfigError(f"{tokens} tokens are asked, but {path} has {longest} positions; ask for fewer.")
         world = World(0, 1, 0, input_device(model))
-        return write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world)[0]
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]], device=input_device(model))
-    if longest is not None and ids.shape[1] + tokens > longest:
-        raise ConfigError(f"the prompt has {ids.shape[1]} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")
+        text = write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world)[0]
+        if stream:
+            print(text)
+        return text
+    is_chat = tokenizer.chat_template is not None
+    if is_chat:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    if longest is not None and len(ids) + tokens > longest:
+        raise ConfigError(f"the prompt has {len(ids)} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")
+    read = torch.tensor([ids], device=input_device(model))
+    streamer = TextStreamer(tokenizer, skip_prompt=is_chat, skip_special_tokens=True) if stream else None
+    search = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.eos_token_id}
     generate: Any = model.generate
     with torch.no_grad():
-        out = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+        out = generate(read, attention_mask=torch.ones_like(read), streamer=streamer, **search)
+    return tokenizer.decode(out[0, len(ids) if is_chat else 0 :], skip_special_tokens=True)

@@ -123,7 +123,7 @@ def _with_8_bit_inputs(packed: Path, about: dict[str, Any]) -> PreTrainedModel:
     """The student with 8-bit activations: its own, or where it has floats those that `activations: {bits: 8}` gives."""
     if about["activations"]:
         return load_artifact(packed)
-    model = load_artifact(packed, activations=False)
+    model = load_artifact(packed, mode="dense")
     rows = Coverage.from_json(json.dumps(about["coverage"])).rows
     inputs = [replace(row, input_quantizer=ActivationQuantizer("input", 8, "per_token")) for row in rows if row.quantizer]
     quantize_activations(model, Coverage(inputs), None)
@@ -141,7 +141,7 @@ def verify_gguf(trained: PreTrainedModel, packed: Path, path: Path, model: GgufM
     samples = _samples(held_out, trained.config)
     longest = max(max(len(sample.ids), 0 if sample.source is None else len(sample.source)) for sample in samples)
     figures["tokenizer"] = _verify_tokenizer(path, packed, samples, held_out is not None)
-    floats = LanguageModel(load_artifact(packed, activations=False))
+    floats = LanguageModel(load_artifact(packed, mode="dense"))
     student = LanguageModel(_with_8_bit_inputs(packed, about))
     plain = [sample.of(floats) for sample in samples]
     as_trained = plain if not about["activations"] else [sample.of(student) for sample in samples]

@@ -123,7 +123,7 @@ def stored_tensors(coverage: Coverage, floats: FloatPart) -> list[StoredTensor]:
         quantizer = row.quantizer
         if quantizer is None:
             continue
-        tensors.append(StoredTensor(f"{row.name}.codes", torch.uint8, (packed_bytes(row.numel, quantizer.levels),)))
+        tensors.append(StoredTensor(row.name, torch.uint8, (packed_bytes(row.numel, quantizer.levels),)))
         tensors.append(StoredTensor(f"{row.name}.scale", torch.float16 if quantizer.portable else torch.float32, (row.num_scales,)))
         if isinstance(GRIDS[quantizer.grid], MinMaxAffine):  # the grids that have zero points
             tensors.append(StoredTensor(f"{row.name}.zero_point", torch.int8, (row.num_scales,)))

@@ -14,7 +14,7 @@ from dqtrain.errors import CheckpointError
 from dqtrain.quant.grid import Levels
 
 
-def _layout(levels: int) -> tuple[int, int]:
+def layout(levels: int) -> tuple[int, int]:
     """(bytes in a word, codes in a word)."""
     num_bytes = 3 if 5 <= levels <= 8 else 1
     return num_bytes, max(k for k in range(1, 9) if levels**k <= 256**num_bytes)
@@ -22,13 +22,13 @@ def _layout(levels: int) -> tuple[int, int]:
 
 def packed_bytes(numel: int, levels: Levels) -> int:
     """Bytes that hold `numel` codes."""
-    num_bytes, num_codes = _layout(levels.count)
+    num_bytes, num_codes = layout(levels.count)
     return math.ceil(numel / num_codes) * num_bytes
 
 
 def pack(codes: Tensor, levels: Levels) -> Tensor:
     """Codes, int8 of any shape, within levels.low..high -> bytes, uint8 [packed_bytes(numel)]."""
-    num_bytes, num_codes = _layout(levels.count)
+    num_bytes, num_codes = layout(levels.count)
     assert codes.dtype == torch.int8 and (codes.numel() == 0 or (codes.amin() >= levels.low and codes.amax() <= levels.high)), "codes come from a quantizer"
     dtype = torch.uint8 if num_bytes == 1 else torch.int32
     digits = codes.new_zeros(math.ceil(codes.numel() / num_codes) * num_codes, dtype=dtype)
@@ -41,7 +41,7 @@ def pack(codes: Tensor, levels: Levels) -> Tensor:
 
 def unpack(packed: Tensor, shape: tuple[int, ...], levels: Levels) -> Tensor:
     """Bytes -> codes, int8 of `shape`. Raises CheckpointError when there are too few or too many, or one that `pack` never writes."""
-    num_bytes, num_codes = _layout(levels.count)
+    num_bytes, num_codes = layout(levels.count)
     numel = math.prod(shape)
     if packed.numel() != packed_bytes(numel, levels):
         raise CheckpointError(

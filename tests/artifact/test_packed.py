@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, IDS
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import dqtrain
 from dqtrain.artifact import format, parity
@@ -97,7 +97,7 @@ def test_matrices_that_training_rounded_to_bf16_are_stored_so(world, tmp_path):
     latent = dict(unrounded.named_parameters(remove_duplicate=False))
     for name in ("transformer.wpe.weight", "transformer.h.1.mlp.c_fc.weight", "lm_head.weight"):
         assert torch.equal(stored[name], latent[name].bfloat16()) and torch.equal(usual[name], latent[name])
-    assert any(not torch.equal(stored[name], usual[name]) for name in stored if name.endswith("codes"))
+    assert any(not torch.equal(stored[name], usual[name]) for name in stored if usual[name].dtype == torch.uint8)
     coverage = quantize_model(load_model(world / "teacher"), quant, initialise=False, rounded=True)
     assert artifact_bytes(coverage, float_part(model), about(quant, coverage)).total == sum(
         (tmp_path / "rounded" / name).stat().st_size for name in ("model.safetensors", "artifact.json")
@@ -142,12 +142,6 @@ def test_file_is_as_small_as_its_codes(world, tmp_path):
     assert written["sizes"]["packed_bytes"] == (tmp_path / "packed/model.safetensors").stat().st_size == codes + scales + floats + header
 
 
-def test_transformers_alone_does_not_load_it_as_weights(world, tmp_path):
-    write(world, tmp_path / "packed", settings(8, 8, 8))
-    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
-    assert "transformer.wte.weight" in report["missing_keys"]
-
-
 @pytest.fixture
 def packed(world, tmp_path):
     write(world, tmp_path / "packed", settings())
@@ -178,7 +172,7 @@ def edit(packed, change):
 @pytest.mark.parametrize("version", [1, 99])
 def test_other_version_is_refused(version, packed):
     edit(packed, lambda about: about.update(format=version))
-    with pytest.raises(CheckpointError, match=f"has format {version}, this dqtrain reads 2"):
+    with pytest.raises(CheckpointError, match=f"has format {version}, this dqtrain reads 3"):
         load_artifact(packed)
 
 
@@ -190,7 +184,7 @@ def test_missing_scale_is_refused(change, packed):
     save_file(tensors if change == "missing" else tensors | {name: scale[:-1]}, packed / "model.safetensors")
     size, hash = (packed / "model.safetensors").stat().st_size, digest(packed / "model.safetensors")
     edit(packed, lambda about: about.update(weights={"file": "model.safetensors", "bytes": size, "xxh3_128": hash}))
-    message = f"no {name}" if change == "missing" else f"{name} has {len(scale) - 1} values for {len(scale)} scales"
+    message = f"no {name}" if change == "missing" else f"{name} has {len(scale) - 1} values, not {len(scale)}"
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load_artifact(packed)
 
@@ -202,7 +196,7 @@ def test_missing_tensor_is_refused(packed):
 
 
 def test_no_artifact_is_refused(tmp_path, world):
-    with pytest.raises(CheckpointError, match=r"artifact\.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"no artifact\.json there"):
         load_artifact(world / "teacher")
     with pytest.raises((CheckpointError, ConfigError)):
         load_artifact(tmp_path)

@@ -1,0 +1,235 @@
+"""A packed artifact on torch's own integer kernels for CPUs, in bf16: weights stay codes, activations are float.
+
+Linear layers keep codes as `aten::_weight_int4pack_mm_for_cpu` (half a byte each) or `aten::_weight_int8pack_mm` (one) read them; word embeddings are gathered
+out of the artifact's own bytes, so that a tied table is there twice, as codes both times; tables of positions, which are small, and what
+training left float are bf16. Codes and scales are those of training: what differs from `exact` is that activations are not quantized and that arithmetic is in bf16.
+
+With w = (code - zero_point + offset) * scale the kernels compute ((u - 8) * s + z) x, u in 0..15, and (c * s) x, c in -128..127, with s and z in bf16.
+
+| grid | kernel | how |
+|---|---|---|
+| 1 to 4 bits, ternary | int4 | u = code + 8, z = offset * scale: exact, since a portable scale has 8 bits |
+| 2 and 3 bits, affine | int4 | u = code - zero_point + 8 |
+| 4 bits, affine | int4 | u = code + 8, z = -zero_point * scale rounded to bf16, and what that lost times the sums of x, which is added |
+| 8 bits per tensor or row | int8 | c = code |
+| at most 4 bits per tensor or row, inputs not divisible by 32 | int8 | c = 2 (code - zero_point + offset), s = scale / 2 |
+
+Refused by name: fp32 scales, 8-bit affine codes and 8-bit codes in groups, groups that 32 does not divide, and experts.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dqtrain.artifact.format import PackedTensors
+from dqtrain.errors import ConfigError
+from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
+from dqtrain.quant.pack import layout, unpack
+
+ROWS = 16
+"""Outputs come in multiples of this many in the kernels; others are filled up with rows of 0."""
+
+GROUPS = (256, 128, 64, 32)
+"""Inputs that may share a scale in the int4 kernel."""
+
+INT8_INPUTS = 16
+"""Inputs come in multiples of this many in the int8 kernel, which reads beyond its memory otherwise (measured in torch 2.13)."""
+
+CHUNK_ROWS = 320
+"""A multiple of the 64 rows that the int4 kernel lays out together, and of the codes that any grid packs into a word."""
+
+CHUNK_ELEMENTS = 2**21
+"""Codes that are repacked at a time, four bytes each."""
+
+_STAND_IN = torch.empty(0, dtype=torch.int8)  # int8: T5 casts its activations to the dtype of any other weight
+_STAND_IN._is_hf_initialized = True  # type: ignore[attr-defined] # transformers initialises what is not
+
+
+class FastLinear(nn.Module):
+    """x [..., in_features] in bf16 -> [..., out_features]; filled by `fill`."""
+
+    weight = _STAND_IN  # what families ask the dtype of
+    codes: Tensor  # uint8 [rows, in_features / 2] in the int4 kernel's layout, or int8 [rows, in_features]
+    scales: Tensor  # bf16: [in_features / group, rows, (s, z)], or [rows]
+    lost: Tensor | None  # bf16 [rows, groups that were trained]
+
+    def __init__(self, name: str, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.name, self.in_features, self.out_features = name, in_features, out_features
+        self.bias = bias
+        self.group = 0  # inputs that share a scale in the int4 kernel; 0: the int8 kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product, and the bias."""
+        rows = x.reshape(-1, self.in_features).contiguous()
+        if self.group:
+            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.scales)
+        else:
+            out = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scales)
+        if self.lost is not None:
+            out = out + rows.view(len(rows), self.lost.shape[1], -1).sum(-1) @ self.lost.T
+        out = out[:, : self.out_features]
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+class FastEmbedding(nn.Embedding):
+    """ids -> their rows, unpacked. Comes below a family's own class, whose forward may do more (BART multiplies, OPT counts positions from 2)."""
+
+    weight: Any = _STAND_IN
+    name: str
+    quantizer: WeightQuantizer
+    bytes_: Tensor  # uint8, as in the file
+    powers: Tensor  # int32: of the number of levels
+    scale: Tensor  # flat, as in the file
+    zero_point: Tensor | None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., embedding_dim] in bf16."""
+        levels = self.quantizer.levels
+        num_bytes, num_codes = layout(levels.count)
+        element = ids.reshape(-1, 1) * self.embedding_dim + torch.arange(self.embedding_dim, device=ids.device)
+        place = element // num_codes
+        word = torch.stack([self.bytes_[place * num_bytes + i].int() << (8 * i) for i in range(num_bytes)]).sum(0)
+        code = word // self.powers[element % num_codes] % levels.count + levels.low
+        scale = self._of(self.scale, ids)
+        level = code.float().unflatten(-1, (scale.shape[-1], -1))
+        level = level + levels.offset if self.zero_point is None else level - self._of(self.zero_point, ids).unsqueeze(-1)
+        return (level * scale.unsqueeze(-1)).to(torch.bfloat16).view(*ids.shape, self.embedding_dim)
+
+    def _of(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Scales or zero points of the rows of ids, [ids, groups], or [1, 1] where there is but one."""
+        return values.float().view(1, 1) if values.numel() == 1 else values.view(self.num_embeddings, -1)[ids.reshape(-1)].float()
+
+
+def make_room(model: PreTrainedModel, packed: PackedTensors, names: Mapping[str, str]) -> dict[str, str]:
+    """Replace the linear layers and word embeddings of a model on the meta device by empty ones for codes, in place.
+
+    `names`: what is in codes, by each name in the model. Returns those that remain to be made dense: positions. Raises ConfigError for what no kernel takes.
+    """
+    kinds = {row.name: row.kind for row in packed.coverage.rows}
+    tied: dict[str, str] = model.all_tied_weights_keys
+    left = {}
+    for name, stored in names.items():
+        if kinds[stored] == "positions":
+            left[name] = stored
+            continue
+        path, _, key = name.rpartition(".")
+        module: Any = model.get_submodule(path)
+        if isinstance(module, nn.Embedding):
+            cls = type(module)
+            module.__class__ = FastEmbedding if cls is nn.Embedding else type(f"Fast{cls.__name__}", (cls, FastEmbedding), {})
+            module.name = stored  # type: ignore[assignment] # it is a FastEmbedding now
+            del module._parameters["weight"]
+        elif isinstance(module, nn.Linear | Conv1D):
+            quantizer, shape = packed.quantized[stored], packed.shape(stored)
+            inputs, outputs = (shape[1], shape[0]) if quantizer.row_axis == 0 else shape
+            kernel_group(stored, quantizer, inputs)
+            model.set_submodule(path, FastLinear(stored, inputs, outputs, module.bias))
+        else:
+            raise _refusal(stored, f"{type(module).__name__}.{key} is no weight of a linear layer or an embedding")
+        tied.pop(name, None)
+    return left
+
+
+def kernel_group(name: str, quantizer: WeightQuantizer, inputs: int) -> int:
+    """Inputs that share a scale in the int4 kernel, or 0 for the int8 kernel. Raises ConfigError, with the weight's name, for what neither takes."""
+    if not quantizer.portable:
+        raise _refusal(name, "its scales are fp32 (quant.scale_dtype), which bf16 does not hold")
+    size = quantizer.group_size or inputs
+    group = next((group for group in GROUPS if size % group == 0), 0)
+    wide = quantizer.levels.count > 16
+    if wide and (quantizer.group_size or isinstance(GRIDS[quantizer.grid], MinMaxAffine)):
+        raise _refusal(name, f"8-bit codes {'in groups' if quantizer.group_size else 'with zero points'} fit no kernel")
+    if group and not wide:
+        return group
+    if quantizer.group_size:
+        raise _refusal(name, f"the kernel takes groups of 32 inputs and multiples of that, not of {quantizer.group_size}")
+    if inputs % INT8_INPUTS:
+        raise _refusal(name, f"the kernels take multiples of {INT8_INPUTS} inputs, not {inputs}")
+    return 0
+
+
+def _refusal(name: str, why: str) -> ConfigError:
+    return ConfigError(f"mode fast cannot hold {name}: {why}. Load the artifact with mode exact, or with mode dense and dtype bfloat16.")
+
+
+def fill(model: PreTrainedModel, packed: PackedTensors) -> None:
+    """Give the layers that `make_room` made their codes and scales; layers of one kind that read one weight share them."""
+    made: dict[tuple[str, bool], dict[str, Tensor | None]] = {}
+    for module in model.modules():
+        if isinstance(module, FastLinear | FastEmbedding):
+            quantizer, key = packed.quantized[module.name], (module.name, isinstance(module, FastLinear))
+            if isinstance(module, FastLinear):
+                module.group = kernel_group(module.name, quantizer, module.in_features)
+            else:
+                module.quantizer = quantizer
+            if key not in made:
+                made[key] = _of_linear(module, packed, quantizer) if isinstance(module, FastLinear) else _of_embedding(module, packed, quantizer)
+            for name, tensor in made[key].items():
+                module.register_buffer(name, tensor, persistent=False)
+
+
+def _of_embedding(module: FastEmbedding, packed: PackedTensors, quantizer: WeightQuantizer) -> dict[str, Tensor | None]:
+    stored, count = packed.stored(module.name), quantizer.levels.count
+    powers = torch.tensor([count**digit for digit in range(layout(count)[1])], dtype=torch.int32)
+    return {"bytes_": stored.packed, "powers": powers, "scale": stored.scale, "zero_point": stored.zero_point}
+
+
+def _of_linear(module: FastLinear, packed: PackedTensors, quantizer: WeightQuantizer) -> dict[str, Tensor | None]:
+    levels, inputs = quantizer.levels, module.in_features
+    num_rows = math.ceil(module.out_features / ROWS) * ROWS
+    stored = packed.stored(module.name)
+    scale, zero = (None if t is None else _by_row(t.float(), quantizer, module.out_features, num_rows) for t in (stored.scale, stored.zero_point))
+    assert scale is not None  # [num_rows, groups]
+    splits = zero is not None and module.group > 0 and levels.count == 16  # code and zero point go different ways
+    codes = torch.empty(num_rows, inputs // 2 if module.group else inputs, dtype=torch.uint8 if module.group else torch.int8)
+    for start, piece in _rows(stored.packed, packed.shape(module.name), quantizer):
+        end = start + len(piece)
+        whole = piece.to(torch.int32)
+        if zero is not None and not splits:
+            whole -= zero[start:end].to(torch.int32).repeat_interleave(inputs // zero.shape[1], 1)
+        filled = end if end < module.out_features else num_rows
+        if module.group:
+            whole = torch.nn.functional.pad(whole.add_(8), (0, 0, 0, filled - end))
+            codes[start:filled] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1).view(filled - start, -1)
+        else:
+            doubled = whole if levels.count > 16 else whole.mul_(2).add_(int(2 * levels.offset))
+            codes[start:filled] = torch.nn.functional.pad(doubled, (0, 0, 0, filled - end))
+    if not module.group:
+        return {"codes": codes, "scales": (scale[:, 0] if levels.count > 16 else scale[:, 0] / 2).to(torch.bfloat16), "lost": None}
+    added = -zero * scale if splits and zero is not None else scale * levels.offset
+    pairs = torch.stack([scale, added], -1).to(torch.bfloat16)  # [num_rows, groups, 2]
+    lost = (added - pairs[..., 1].float()).to(torch.bfloat16)  # exact: at most 3 bits are left
+    scales = pairs.repeat_interleave(inputs // module.group // pairs.shape[1], 1).transpose(0, 1).contiguous()
+    return {"codes": codes, "scales": scales, "lost": lost if lost.any() else None}
+
+
+def _by_row(values: Tensor, quantizer: WeightQuantizer, outputs: int, num_rows: int) -> Tensor:
+    """Flat scales or zero points of a matrix -> [num_rows, groups], 0 behind the last output."""
+    if quantizer.granularity == "per_tensor":
+        values = values.expand(outputs)
+    by_row = values.view(-1, outputs).T if quantizer.row_axis == 1 else values.view(outputs, -1)
+    return torch.nn.functional.pad(by_row, (0, 0, 0, num_rows - outputs))
+
+
+def _rows(packed: Tensor, shape: tuple[int, ...], quantizer: WeightQuantizer) -> Iterator[tuple[int, Tensor]]:
+    """(first output, codes [outputs, inputs]) of a matrix, a bounded number at a time; one whose outputs are columns is unpacked whole, a byte for each."""
+    levels = quantizer.levels
+    outputs, inputs = shape if quantizer.row_axis == 0 else (shape[1], shape[0])
+    step = CHUNK_ROWS * max(1, CHUNK_ELEMENTS // (CHUNK_ROWS * inputs))
+    whole = unpack(packed, shape, levels).T if quantizer.row_axis == 1 else None
+    num_bytes, num_codes = layout(levels.count)
+    for start in range(0, outputs, step):
+        end = min(start + step, outputs)
+        if whole is not None:
+            yield start, whole[start:end]
+        else:
+            first, last = start * inputs // num_codes * num_bytes, math.ceil(end * inputs / num_codes) * num_bytes
+            yield start, unpack(packed[first:last], (end - start, inputs), levels)

@@ -1,0 +1,131 @@
+"""torch's integer kernels on an artifact's codes compute what its values say, as nearly as bf16 allows."""
+
+import pytest
+import torch
+from families import FAMILIES, IDS, logits_of
+from test_pretrained import settings, write
+from torch import nn
+
+import dqtrain
+from dqtrain.artifact import fast, format
+from dqtrain.artifact.fast import FastEmbedding, FastLinear
+from dqtrain.config import BITS_OF_GRID
+from dqtrain.errors import ConfigError
+
+ROUNDING = 2.0**-8
+"""Largest relative error of rounding to bf16, which has 8 significant bits."""
+
+WIDE = {"n_embd": 64, "n_head": 2, "vocab_size": 331}  # inputs that the int4 kernel takes, and rows that 16 does not divide, over a chunk
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, FastLinear | FastEmbedding)}
+
+
+def check_layers(found, dense):
+    """Each layer on its own against float64. Inputs are bf16 and sums fp32; rounded to bf16 are the product, the product with what was lost of z added, and that with the bias."""
+    modules = layers(found)
+    assert modules
+    for name, module in modules.items():
+        weight = dense.get_submodule(name).weight.detach().double()
+        if isinstance(module, FastEmbedding):
+            ids = torch.arange(module.num_embeddings)[None]
+            scale = getattr(module, "embed_scale", 1.0)
+            torch.testing.assert_close(module(ids)[0].double(), weight * scale, rtol=(1 + ROUNDING) ** (1 + (scale != 1.0)) - 1, atol=0.0)
+            continue
+        if not isinstance(dense.get_submodule(name), nn.Linear):
+            weight = weight.T
+        assert weight.shape == (module.out_features, module.in_features)
+        x = torch.randn(2, 3, module.in_features).bfloat16()
+        bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach()
+        exact = x.double() @ weight.T
+        expected = exact + bias.double()
+        step = module.scales.double().view(-1, module.codes.shape[0], 2)[..., 0].amax(0) if module.group else module.scales.double()
+        sums = x.double().abs().sum(-1, keepdim=True) * step[: len(weight)]  # of |x|, in steps
+        bound = 16 * sums * module.in_features * 2.0**-23 + ROUNDING * 1.01 * (exact.abs() + expected.abs() * (module.bias is not None))
+        if module.lost is not None:  # at most ROUNDING of 8 steps, the sums of x and the product rounded, and then their sum with the rest
+            bound += 2.02 * ROUNDING * (8 * ROUNDING * sums) + ROUNDING * 1.01 * (exact.abs() + 8 * ROUNDING * sums)
+        error = (module(x).double() - expected).abs()
+        assert (error <= bound).all(), (name, (error / bound).max())
+
+
+CASES = [
+    *((settings(bits, bits, grid=grid), WIDE) for grid, widths in BITS_OF_GRID.items() for bits in widths if not ("affine" in grid and bits == 8)),
+    *((settings(bits, bits, grid="affine", granularity="per_group", group_size=32), WIDE) for bits in (2, 3, 4)),
+    (settings(4, 3, grid="lsq", granularity="per_group", group_size=64), WIDE),
+    (settings(2, 2, grid="seq", granularity="per_row"), {"n_embd": 48, "vocab_size": 50}),
+    (settings(4, 4, grid="affine", granularity="per_row"), {"n_embd": 48, "vocab_size": 50}),
+    (settings(8, 8, grid="lsq", granularity="per_row"), WIDE),
+    (settings(2, 4, float_head=True), WIDE),
+    (settings(2, None, None), WIDE),
+]
+
+
+@pytest.mark.parametrize(
+    ("quant", "shape"), CASES, ids=lambda value: f"{value.linears.grid}-{value.linears.bits}-{value.linears.granularity}" if hasattr(value, "linears") else ""
+)
+def test_every_grid(quant, shape, tmp_path, monkeypatch):
+    monkeypatch.setattr(fast, "CHUNK_ELEMENTS", 1)  # then matrices of more than 320 rows come in pieces
+    write(tmp_path, quant, **shape)
+    check_layers(dqtrain.load_artifact(tmp_path, mode="fast"), dqtrain.load_artifact(tmp_path, mode="dense"))
+
+
+FITTING = [family for family in FAMILIES if family != "mixtral"]
+
+
+@pytest.mark.parametrize("family", FITTING)
+def test_every_family_is_as_near_as_bf16(family, tmp_path):
+    """Beside the same values in transformers' own bf16 model, whose weights are rounded as well."""
+    write(tmp_path, settings(activations=None), family)
+    exact, dense, found = (dqtrain.load_artifact(tmp_path, mode=mode) for mode in ("exact", "dense", "fast"))
+    check_layers(found, dense)
+    with torch.no_grad():
+        expected, ours, theirs = (logits_of(model).double() for model in (exact, found, dense.to(torch.bfloat16)))
+        scale = expected.norm()
+        assert (ours - expected).norm() / scale <= 2 * (theirs - expected).norm() / scale
+        agreed = (ours.argmax(-1) == expected.argmax(-1)).double().mean()
+    assert agreed >= 0.75
+    out = found.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    cached = found.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=False)
+    assert out.shape == cached.shape and (out == cached).double().mean() > 0.75
+
+
+def test_no_matrix_is_dense_and_a_tied_one_is_there_once_for_each_use(tmp_path):
+    model = write(tmp_path, settings(), "gpt2", **WIDE)
+    found = dqtrain.load_artifact(tmp_path, mode="fast")
+    assert {name for name, p in found.named_parameters() if p.ndim > 1} == {"transformer.wpe.weight"}
+    with format.PackedTensors(tmp_path, format.read_description(tmp_path)) as packed:
+        table = packed.stored("transformer.wte.weight").packed
+    assert torch.equal(found.transformer.wte.bytes_, table)
+    head = found.lm_head
+    assert head.codes.numel() == 336 * 32 and head.codes.dtype == torch.uint8
+    bart = (tmp_path / "bart").absolute()
+    write(bart, settings(), "bart")
+    found = dqtrain.load_artifact(bart, mode="fast").model
+    assert len({module.bytes_.data_ptr() for module in (found.shared, found.encoder.embed_tokens, found.decoder.embed_tokens)}) == 1
+    assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("quant", "family", "message"),
+    [
+        (
+            settings(8, 8, grid="affine"),
+            "gpt2",
+            r"transformer\.h\.0\.attn\.c_attn\.weight: 8-bit codes with zero points fit no kernel. Load the artifact with mode exact",
+        ),
+        (settings(8, 4, granularity="per_group", group_size=32), "gpt2", r"transformer\.h\.0\.attn\.c_attn\.weight: 8-bit codes in groups fit no kernel"),
+        (
+            settings(4, 4, granularity="per_group", group_size=16),
+            "gpt2",
+            r"c_attn\.weight: the kernel takes groups of 32 inputs and multiples of that, not of 16",
+        ),
+        (settings(scale_dtype="fp32"), "gpt2", r"its scales are fp32 \(quant.scale_dtype\), which bf16 does not hold"),
+        (settings(), "mixtral", r"experts\.gate_up_proj: MixtralExperts\.gate_up_proj is no weight of a linear layer"),
+    ],
+)
+def test_what_no_kernel_holds_is_refused_by_name(quant, family, message, tmp_path):
+    write(tmp_path, quant, family)
+    with pytest.raises(ConfigError, match=message):
+        dqtrain.load_artifact(tmp_path, mode="fast")
+    dqtrain.load_artifact(tmp_path, mode="dense")
