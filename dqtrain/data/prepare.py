@@ -260,15 +260,15 @@ def _run(job: _Job, progress: Report | None, workers: int | None, share: tuple[i
         missing = [part for part in range(len(job.parts)) if not job.record(part).is_file()]
     else:
         missing = sorted({entry["part"] for entry in index["shards"] if not (job.folder / entry["file"]).is_file()})
-    if missing:
+    mine = [part for part in missing if share is None or part % share[1] == share[0]]
+    if mine:
         _tokenizer(job.tokenizer, job.tokenizer_hash)  # so that a mistake is told once
-        mine = [part for part in missing if share is None or part % share[1] == share[0]]
         num_bytes = sum(unit.num_bytes for part in mine for unit in job.parts[part])
         share_out(functools.partial(_make_part, job), mine, workers, f"tokenising {job.split} of {job.corpus.source.path}", num_bytes, progress)
     if index is None:
         index = _write_index(job)
-    elif missing:
-        _check_made_again(job, index, missing)
+    else:
+        _check_made_again(job, index, mine)
     if index is None:
         if progress:
             left = sum(not job.record(part).is_file() for part in range(len(job.parts)))
@@ -279,7 +279,7 @@ def _run(job: _Job, progress: Report | None, workers: int | None, share: tuple[i
     left_out.check(index["first_bad_line"])  # the allowance may be another one now
     said = [f"{index['num_bad_lines']:,} bad lines, such as {index['first_bad_line']}"] * bool(left_out.num_bad)
     said += [f"{index['num_empty']:,} documents without text"] * bool(index["num_empty"])
-    if said and missing and progress:
+    if said and mine and progress:
         progress(f"{job.corpus.source.path}: left out {' and '.join(said)}", None)
 
 
@@ -294,7 +294,7 @@ def _write_index(job: _Job) -> dict[str, Any] | None:
         return read_index(job.folder)
     source = job.corpus.source
     if not any(record["shards"] for record in records):
-        shutil.rmtree(job.folder)
+        shutil.rmtree(job.folder, ignore_errors=True)
         what = {"text": "text", "pairs": "pairs", "chat": "chats with an assistant"}[job.corpus.kind]
         raise DataError(f"corpus {source.path} has no {what} for the split {job.split}; name a source that has.")
     totals = {key: sum(record[key] for record in records) for key in ("num_tokens", "num_documents", "num_bytes", "num_empty", "num_bad_lines")}
@@ -340,7 +340,7 @@ def _check_made_again(job: _Job, index: dict[str, Any], parts: Sequence[int]) ->
             raise DataError(
                 f"the shards of part {part} in {job.folder} came out otherwise than the index says; delete {job.folder} and run dqtrain prepare again."
             )
-        job.record(part).unlink()
+        job.record(part).unlink(missing_ok=True)
 
 
 def _make_part(job: _Job, part: int, report: Callable[[int, int, int], None]) -> None:

@@ -175,6 +175,12 @@ def test_tasks_share_the_work_and_the_last_one_writes_the_index(tokenizer, tmp_p
     before = content(folders[0])
     assert prepare(data, "train", tokenizer, tmp_path / "shared", share=(0, 3)) == folders
     assert content(folders[0]) == before
+    for part in (3, 4):  # lost later: each task makes its own again
+        (folders[0] / f"shard-{part:05d}-00000.bin").unlink()
+    prepare(data, "train", tokenizer, tmp_path / "shared", workers=1, share=(0, 3))
+    assert (folders[0] / "shard-00003-00000.bin").exists() and not (folders[0] / "shard-00004-00000.bin").exists()
+    prepare(data, "train", tokenizer, tmp_path / "shared", workers=1, share=(1, 3))
+    assert content(folders[0]) == before
 
 
 @pytest.mark.usefixtures("small_units")
