@@ -18,6 +18,9 @@ from torch import Tensor
 
 from dqtrain.errors import CheckpointError, ConfigError
 
+LONGEST = 2048
+"""Tokens that a runtime has room for where it is not said: each takes memory, used or not."""
+
 
 class _Params(ctypes.Structure):
     """Any struct of parameters, with room to spare: larger ones than 16 bytes travel as a copy in memory, of which the library reads its part."""
@@ -119,7 +122,7 @@ def require_runtime() -> None:
 class LlamaCpp:
     """A GGUF file in llama.cpp on this machine's CPU, one sequence at a time. A context manager.
 
-    Keys and values are kept in fp32 where llama.cpp's own default is fp16, with `exact_cache`. Raises ConfigError without `xllamacpp` and for one whose
+    There is room for `longest` tokens (default: those of its training, but `LONGEST` at most). Keys and values are kept in fp32 where llama.cpp's own default is fp16, with `exact_cache`. Raises ConfigError without `xllamacpp` and for one whose
     interface is not known, CheckpointError for a file that llama.cpp does not load.
     """
 
@@ -132,7 +135,7 @@ class LlamaCpp:
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
         if not self._model:
             raise CheckpointError(f"{path}: llama.cpp does not load it ({'; '.join(_said[:2]) or 'it says no reason'}). Export it again.")
-        self.longest = longest or self._lib.llama_model_n_ctx_train(self._model)
+        self.longest = longest or min(LONGEST, self._lib.llama_model_n_ctx_train(self._model))
         params = self._lib.llama_context_default_params()
         threads = torch.get_num_threads()
         fields = {"n_ctx": self.longest, "n_batch": self.longest, "n_ubatch": self.longest, "n_outputs_max_per_seq": self.longest}
@@ -143,6 +146,7 @@ class LlamaCpp:
             params.words[_CONTEXT[name][0]] = found
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
+            self._lib.llama_model_free(self._model)
             raise CheckpointError(f"{path}: llama.cpp makes no context of {self.longest} tokens for it ({'; '.join(_said[:2])}).")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.vocab_size = self._lib.llama_vocab_n_tokens(self._vocab)
@@ -196,7 +200,7 @@ class LlamaCpp:
         ids = ids or [eos]
         if len(ids) + tokens > self.longest or len(source or ()) > self.longest:
             raise ConfigError(
-                f"the prompt has {len(source or ids)} tokens and {tokens} more are asked, but {self.path} has {self.longest} positions; ask for fewer."
+                f"the prompt has {len(source or ids)} tokens and {tokens} more are asked, but {self.path} has room for {self.longest}; ask for fewer."
             )
         self._forget(source)
         written: list[int] = []

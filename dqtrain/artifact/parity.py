@@ -39,7 +39,7 @@ TIMES_OWN_NOISE = 2.0
 """How far a runtime's own quantization of activations may move logits, in terms of what the student's 8-bit activations do."""
 
 NUM_TOKENS = 512
-"""Target tokens of held-out text that a runtime is compared on, or a few more, to the end of a sample; an eighth of them one by one."""
+"""Target tokens of held-out text that a runtime is compared on, or a few more, to the end of a sample; an eighth of the samples one by one."""
 
 
 @torch.no_grad()
@@ -110,7 +110,8 @@ def _samples(held_out: AnyStream | None, config: Any) -> list[_Sample]:
     for number in range(held_out.num_samples):
         batch = held_out.batch(np.array([number]))
         labels = torch.from_numpy(batch.labels[0])
-        end = int((labels != IGNORED).nonzero().max()) + 1
+        targets = (labels != IGNORED).nonzero()[:NUM_TOKENS]
+        end = int(targets.max()) + 1
         source = None if batch.source_ids is None or batch.source_is_real is None else torch.from_numpy(batch.source_ids[0][batch.source_is_real[0]])
         samples.append(_Sample(torch.from_numpy(batch.input_ids[0])[:end], labels[:end], source))
         num_targets += int(samples[-1].is_target.sum())
@@ -120,8 +121,8 @@ def _samples(held_out: AnyStream | None, config: Any) -> list[_Sample]:
 
 
 def _with_8_bit_inputs(packed: Path, about: dict[str, Any]) -> PreTrainedModel:
-    """The student with 8-bit activations: its own, or where it has floats those that `activations: {bits: 8}` gives."""
-    if about["activations"]:
+    """The student with 8-bit activations: its own, or where it has others those that `activations: {bits: 8}` gives."""
+    if about["activations"] and about["activations"]["bits"] == 8:
         return load_artifact(packed)
     model = load_artifact(packed, mode="dense")
     rows = Coverage.from_json(json.dumps(about["coverage"])).rows
@@ -141,11 +142,11 @@ def verify_gguf(trained: PreTrainedModel, packed: Path, path: Path, model: GgufM
     samples = _samples(held_out, trained.config)
     longest = max(max(len(sample.ids), 0 if sample.source is None else len(sample.source)) for sample in samples)
     figures["tokenizer"] = _verify_tokenizer(path, packed, samples, held_out is not None)
-    floats = LanguageModel(load_artifact(packed, mode="dense"))
-    student = LanguageModel(_with_8_bit_inputs(packed, about))
-    plain = [sample.of(floats) for sample in samples]
-    as_trained = plain if not about["activations"] else [sample.of(student) for sample in samples]
-    noise = _relative_l2([sample.of(student) for sample in samples], plain)
+    plain, noisy, as_trained = (
+        [sample.of(LanguageModel(made)) for sample in samples]
+        for made in (load_artifact(packed, mode="dense"), _with_8_bit_inputs(packed, about), load_artifact(packed))
+    )
+    noise = _relative_l2(noisy, plain)
     few = samples[: max(1, len(samples) // 8)]
 
     as_floats = path.with_name(f".float-{path.name}")
@@ -173,8 +174,9 @@ def verify_gguf(trained: PreTrainedModel, packed: Path, path: Path, model: GgufM
         "perplexity_trained": _perplexity(as_trained, samples),
     }
     figures["as_shipped"] = shipped
+    rounded = figures["weights"]["largest_relative_difference"] > 0  # as was allowed
     for name, found in figures["float_activations"].items():
-        if not found <= LLAMA_CPP_TOLERANCE:
+        if not found <= LLAMA_CPP_TOLERANCE and not rounded:
             raise CheckpointError(
                 f"{path}: llama.cpp computes other logits of these weights ({name} {found:.1e} of the largest, more than {LLAMA_CPP_TOLERANCE:.0e}). "
                 "Leave gguf out of the targets, and report this as a bug."

@@ -70,7 +70,7 @@ def test_exported_again_it_is_the_same_file(finished):
     before = (run.path / "artifact/gguf/model.gguf").read_bytes()
     code, output = run.dqtrain("export", str(run.path), "--to", "gguf")
     assert code == 0, output
-    assert json.loads(output)["path"].endswith("gguf")
+    assert json.loads(output)["path"].endswith("gguf") and "others" not in json.loads(output)  # the codes were there
     assert (run.path / "artifact/gguf/model.gguf").read_bytes() == before
 
 
@@ -263,6 +263,17 @@ def test_learned_scales_of_activations_and_floats_of_conv1d(student, tmp_path):
     found = to_gguf(packed_artifact(student("gpt2"), quant, tmp_path / "packed"), tmp_path / "model.gguf")
     assert found["weights"]["bit_identical"] == found["weights"]["tensors"] == 29  # the head is one of its own
     assert found["weights"]["types"] == {"Q2_K": 1, "Q4_0": 7}
+
+
+def test_what_is_inexact_is_refused_or_said(student, tmp_path):
+    """fp32 scales are rounded; a grid that ggml has not is stored as floats, exactly."""
+    quant = settings(4, 4, 8, scale_dtype="fp32", overrides=({"match": "*.c_proj.weight", "weights": {"bits": 8, "grid": "affine", "granularity": "per_row"}},))
+    made = packed_artifact(student("gpt2"), quant, tmp_path / "packed")
+    with pytest.raises(CheckpointError, match=r"is not what was trained"):
+        to_gguf(made, tmp_path / "model.gguf")
+    weights = to_gguf(made, tmp_path / "model.gguf", allow_inexact=True)["weights"]
+    assert weights["types"] == {"F32": 4, "Q4_0": 5, "Q8_0": 1}
+    assert weights["tensors"] - weights["bit_identical"] <= 6 and 0 < weights["largest_relative_difference"] < 5e-4
 
 
 def flip_a_bit(path):
