@@ -106,6 +106,15 @@ def test_both_ways_find_the_same(bare, tmp_path_factory, contents):
     assert found[0][1] == "|".join(f"{content}<|im_end|>" for content in contents[1::2])
 
 
+def test_a_token_that_is_the_assistants_in_part_is_not_predicted(bare):
+    tokenizer, text = load_tokenizer(bare), "user and assistant say It is so, naïve"
+    assert len(tokenizer(text)["input_ids"]) < len(text) - 10  # there are tokens of several characters
+    for start in range(len(text)):
+        for stop in range(start + 1, len(text) + 1):
+            [(ids, predicted)] = encode_chats(tokenizer, [(text, [(start, stop)])])
+            assert all(tokenizer.decode(run) in text[start:stop] for run in runs(ids, predicted))
+
+
 def test_a_template_that_renders_otherwise_later_is_refused(make):
     tokenizer = load_tokenizer(make(FORGETFUL))
     assert said(tokenizer, CHAT[:3])[1] == "It is 4.<|im_end|>"

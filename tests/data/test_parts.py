@@ -91,7 +91,8 @@ def test_the_files_do_not_depend_on_the_number_of_processes(tokenizer, tmp_path)
 
 
 @pytest.mark.usefixtures("small_units")
-def test_a_long_text_is_one_document_over_many_parts(tokenizer, tmp_path):
+def test_a_long_text_is_one_document_over_many_parts(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_BYTES", 500)
     text = "the cat sees a small dog\n" * 2000
     (tmp_path / "b.txt").write_text(text)
     (tmp_path / "a.txt").write_text("the cat")
@@ -100,7 +101,7 @@ def test_a_long_text_is_one_document_over_many_parts(tokenizer, tmp_path):
     assert texts(folder, tokenizer) == ["the cat", text] and len(index["shards"]) > 10
     fast = load_tokenizer(tokenizer)
     assert index["lengths"] == {"documents": lengths([len(fast("the cat")["input_ids"]) + 1, index["num_tokens"] - len(fast("the cat")["input_ids"]) - 1])}
-    whole = prepare_one(f"{tmp_path}/*.txt", "train", tokenizer, tmp_path, samples="documents", tokens_per_shard=900)
+    whole = prepare_one(f"{tmp_path}/*.txt", "train", tokenizer, tmp_path, samples="documents", tokens_per_shard=900, workers=1)
     assert whole != folder and texts(whole, tokenizer) == ["the cat", text]
     for entry in read_index(whole)["shards"]:  # no document is in two shards
         assert Shard(whole / entry["file"]).document_ends[-1] == entry["num_tokens"]
