@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dqtrain.errors import CheckpointError, ConfigError
 
-
 LONGEST = 2048
 """Tokens that a runtime has room for where it is not said: each takes memory, used or not."""
 
