@@ -9,6 +9,7 @@ import sys
 import gguf
 import pytest
 import torch
+from conftest import prepare_one
 from test_packed import about, settings
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -29,7 +30,7 @@ from dqtrain.artifact.export_gguf import GgufModel, family, write_gguf
 from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
 from dqtrain.artifact.llama_cpp import LlamaCpp
 from dqtrain.config import Pairs, Quant
-from dqtrain.data.prepare import load_tokenizer, prepare
+from dqtrain.data.prepare import load_tokenizer
 from dqtrain.data.stream import PairStream, Stream
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models import LanguageModel, inputs_of, load_model
@@ -178,13 +179,13 @@ def AutoModel(config):
 def stream_of(world, folder, split, config):
     """Windows of text; of an encoder-decoder the two halves of each line."""
     if not config.is_encoder_decoder:
-        return Stream(prepare(f"{world}/{split}.jsonl", split, folder / "model", folder / "shards"), 32, 0, split == "train")
+        return Stream(prepare_one(f"{world}/{split}.jsonl", split, folder / "model", folder / "shards"), 32, 0, split == "train")
     file = folder / f"{split}.jsonl"
     words = [line.split() for line in lines(world, split)]
     file.write_text("".join(json.dumps({"source": " ".join(w[: len(w) // 2]), "target": " ".join(w[len(w) // 2 :])}) + "\n" for w in words))
     pairs = Pairs(source_tokens=48, target_tokens=48)
-    shards = prepare(str(file), split, folder / "model", folder / "shards", pairs=pairs, encoder_decoder=True)
-    return PairStream(shards, 0, split == "train", config.pad_token_id or 0, config.decoder_start_token_id)
+    shards = prepare_one(str(file), split, folder / "model", folder / "shards", pairs=pairs, encoder_decoder=True)
+    return PairStream(shards, config.pad_token_id or 0, config.decoder_start_token_id, 0, split == "train")
 
 
 def learn(model, stream, steps, lr):
