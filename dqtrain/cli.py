@@ -372,8 +372,24 @@ def _submit_side(args: argparse.Namespace) -> str:
             raise ConfigError(f"{run.path} is no run, in whose directory a job could leave its output. Name runs, or leave out --site.")
         run.load_result()
         _fetch(run.load_config(), weights=False)
-    words = _eval_options(args, runs) if args.command == "eval" else []
+    words = _eval_options(args, runs) if args.command == "eval" else _export_options(args)
     return submit_side(args.command, [(run, words) for run in runs], launch)
+
+
+def _export_options(args: argparse.Namespace) -> list[str]:
+    """The options of `dqtrain export` as they were given. Raises ConfigError for a target that does not exist."""
+    _targets(args.to)
+    given = [word for target in args.to or () for word in ("--to", target)]
+    return [*given, *(["--gguf", args.gguf] if args.gguf else []), *(["--allow-inexact"] if args.allow_inexact else [])]
+
+
+def _targets(to: Sequence[str] | None) -> tuple[str, ...]:
+    """The targets that `--to` names, once each. Raises ConfigError for one that does not exist."""
+    known, targets = get_args(Target), dict.fromkeys(target for word in to or () for target in word.split(","))
+    unknown = next((target for target in targets if target not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"--to {unknown}: there is no such target; give {', '.join(known)}.")
+    return tuple(targets)
 
 
 def _eval_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[str]:
@@ -592,11 +608,7 @@ def _export(run: RunDir, to: Sequence[str] | None, gguf: str | None, allow_inexa
     """Write a finished run's artifacts; prints one JSON object."""
     asked = run.load_config().export
     if to is not None:
-        known, targets = get_args(Target), [target for word in to for target in word.split(",")]
-        unknown = next((target for target in targets if target not in known), None)
-        if unknown is not None:
-            raise ConfigError(f"--to {unknown}: there is no such target; give {', '.join(known)}.")
-        asked = asked.model_copy(update={"targets": tuple(dict.fromkeys(targets))})
+        asked = asked.model_copy(update={"targets": _targets(to)})
     asked = asked.model_copy(update=({"gguf": gguf} if gguf else {}) | ({"allow_inexact": True} if allow_inexact else {}))
     from dqtrain.artifact.export import export
     from dqtrain.artifact.load import chosen_checkpoint
