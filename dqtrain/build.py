@@ -18,11 +18,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from dqtrain import checkpoint, hub
 from dqtrain.artifact.export import check_targets
 from dqtrain.artifact.load import chosen_checkpoint
-from dqtrain.config import Data, RunConfig, check_ranks
+from dqtrain.config import SPLITS, Data, RunConfig, check_ranks
 from dqtrain.data.folder import open_folder
 from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, tokenizer_files, train_tokenizer
 from dqtrain.data.reader import own_micro_batches
-from dqtrain.data.stdlib import SPLITS
 from dqtrain.data.stream import IGNORED, AnyStream, Batch, DocumentStream, Interleaving, PairStream, Stream
 from dqtrain.data.work import Report
 from dqtrain.disk import require_room

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from dqtrain import hub
-from dqtrain.config import BITS_OF_GRID, Export, RunConfig, Source, Target, check_ranks, load_config
+from dqtrain.config import BITS_OF_GRID, SPLITS, Export, RunConfig, Source, Target, check_ranks, load_config
 from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, DataError, Stopped, UserError
 from dqtrain.files import DISK_ERRORS
 from dqtrain.plan import GPUS, cheapest, fastest, plan
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "models", nargs="+", type=Path, metavar="MODEL", help="run directory, Hugging Face directory or hub id hf:NAME@COMMIT, or packed artifact"
     )
-    evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation", help="split of the run's data (default validation)")
+    evaluate.add_argument("--split", choices=SPLITS, default="validation", help="split of the run's data (default validation)")
     evaluate.add_argument(
         "--data", nargs="+", help="corpus files, or builtin:python-stdlib; needed when MODEL is not a run (their token shards are kept in ~/.cache/dqtrain)"
     )
@@ -281,15 +281,18 @@ def _fetch(config: RunConfig, weights: bool = True) -> None:
         hub.fetch(config.data.tokenizer, weights=False)
 
 
-def _check_paths(config: RunConfig) -> None:
-    """Refuse what a look at the file system shows, before torch is imported and ranks are started; fetch what is on the hub."""
+def _check_paths(config: RunConfig, for_job: bool = False) -> None:
+    """Refuse what a look at the file system shows, before torch is imported and ranks are started; fetch what is on the hub, for a job the data too."""
     _fetch(config)
+    for source in (source for split in SPLITS for source in config.data.sources(split)):
+        if for_job and source.path.startswith("hf:") and not Path(source.path.removeprefix("hf:")).is_dir():
+            hub.fetch_data(source.path)
     folders = [model_directory(config.teacher.path)] if config.teacher else []
     folders += [start_directory(config.student.init_from)] if config.student.init_from else []
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder}: no config.json there. Give a Hugging Face model directory, or a finished run.")
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         _check_corpora(config.data.sources(split))
 
 
@@ -364,7 +367,7 @@ def _submit_side(args: argparse.Namespace) -> str:
                 raise ConfigError("--ranks is for this machine; the ranks of a job are those of the site file, ranks_per_node. Leave it out.")
             run.refuse_if_owned()
             options = [["--ranks", str(launch.site.ranks)]]
-        _check_paths(config)
+        _check_paths(config, for_job=True)
         return submit_side(args.command, [(run, words) for words in options], launch, config)
     runs = [RunDir(path.absolute()) for path in dict.fromkeys([args.run] if args.command == "export" else args.models)]
     for run in runs:
@@ -439,7 +442,7 @@ def resume(path: Path, ranks: int | None = None, here: bool = False, new_code: b
                 f"{launch.folder}, where the run was submitted and relative paths of its config count from, is gone. Make it again, or add --here."
             )
         os.chdir(launch.folder)
-        _check_paths(config)
+        _check_paths(config, for_job=True)
         print(submit(config, launch, run, new_code=new_code))
         return 0
     if new_code:
@@ -483,14 +486,14 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "submit":
         config = load_config(args.config, args.overrides)
         launch = new_launch(load_site(args.site), args.nodes, args.time)
-        _check_paths(config)
+        _check_paths(config, for_job=True)
         print(submit(config, launch, RunDir(config.run.dir.absolute()), args.dry_run))
         return 0
     if args.command == "sweep":
         asked = load_sweep(args.sweep)
         found = points(asked, args.overrides)
         for point in found:
-            _check_paths(point.config)
+            _check_paths(point.config, for_job=not args.here)
         if args.here:
             if args.time is not None:
                 raise ConfigError("--time is for jobs. Leave it out, or give --site instead of --here.")
@@ -583,7 +586,7 @@ def _look(args: argparse.Namespace) -> int:
         run = RunDir(config.run.dir) if args.path.is_file() else run
         tokenizer, root = tokenizer_directory(config, run), config.data.shards or run.path / "shards"
         found = []
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             folders = folders_of(config.data, split, tokenizer, root, is_encoder_decoder(config))
             both = list(zip(folders, config.data.sources(split), strict=True))
             found += [(folder, source.weight) for folder, source in both if isinstance(folder, Path) and folder.suffix not in (".bin", ".ds")]

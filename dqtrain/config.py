@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from dqtrain.errors import ConfigError
 
+SPLITS = ("train", "validation", "test")
+
 
 class Block(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -198,7 +200,7 @@ class Data(Block):
             raise ValueError("data needs tokens_per_sample for text, or pairs for sources and targets; set one of them")
         if self.pairs is not None and self.samples == "documents":
             raise ValueError("samples is for text, but data.pairs makes a sample of each pair; remove it")
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             weights = [source.weight for source in self.sources(split)]
             if None in weights and any(weight is not None for weight in weights):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Models by their id on the Hugging Face hub, `hf:NAME@COMMIT`: fetched and checked once where there is a network, found again where there is none.
+"""Models and data sets by their id on the Hugging Face hub, `hf:NAME@COMMIT`: fetched and checked once where there is a network, found again where there is none.
 
 The files lie in the hub's own cache (HF_HOME). huggingface_hub is imported only where there is such an id: the login node checks in under a second.
 """
@@ -8,10 +8,14 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 from dqtrain.errors import ConfigError
 from dqtrain.files import DISK_ERRORS, write_text
+
+Kind = Literal["model", "dataset"]
 
 _PREFIX = "hf:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -35,23 +39,47 @@ def fetch(path: Path, weights: bool = True) -> Path:
     if folder is not None and all((folder / file).is_file() for file in known) and any(fnmatch.fnmatch(file, kind) for file in known for kind in wanted):
         return folder
 
+    def choose(files: Collection[str]) -> list[str]:
+        chosen = [file for file in files if _matches(file, _SMALL)]
+        if weights:
+            found = next((own for kinds in _WEIGHTS if (own := [file for file in files if _matches(file, kinds)])), [])
+            if not found:
+                raise ConfigError(
+                    f"{path}: the repository holds neither model*.safetensors nor pytorch_model*.bin, but no other weights can be read. Use another one."
+                )
+            chosen += found
+        return chosen
+
+    return _download(str(path), name, commit, "model", choose, known)
+
+
+def fetch_data(path: str) -> Path:
+    """The local directory of a data set's hub id, all files of which are downloaded if they are not there yet, and checked as by `fetch`; the same errors."""
+    name, commit = _parse(path, "dataset")
+    return data_directory(path) or _download(path, name, commit, "dataset", list, {})
+
+
+def data_directory(path: str) -> Path | None:
+    """The local directory of a data set that `fetch_data` has fetched whole; None where it is not there. No network is asked."""
+    name, _, commit = path.removeprefix(_PREFIX).partition("@")
+    folder = _find(name, commit, "dataset") if _COMMIT.fullmatch(commit) else None
+    known = _read_record(folder) if folder is not None else {}
+    return folder if folder is not None and known and all((folder / file).is_file() for file in known) else None
+
+
+def _download(path: str, name: str, commit: str, kind: Kind, choose: Callable[[Collection[str]], list[str]], known: Mapping[str, str]) -> Path:
+    """Fetch the chosen files of a repository, and check those that are not `known` to be sound; their folder."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError
 
     print(f"fetching {path}", file=sys.stderr, flush=True)
     try:
         # Of all requests the one that is not made again and again where nobody answers, so that it comes first.
-        listed = HfApi().model_info(name, revision=commit, files_metadata=True).siblings or []
+        about: Any = HfApi().repo_info(name, revision=commit, repo_type=kind, files_metadata=True)
+        listed = about.siblings or []
         hashes = {entry.rfilename: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id or "" for entry in listed}
-        chosen = [file for file in hashes if _matches(file, _SMALL)]
-        if weights:
-            found = next((files for kinds in _WEIGHTS if (files := [file for file in hashes if _matches(file, kinds)])), [])
-            if not found:
-                raise ConfigError(
-                    f"{path}: the repository holds neither model*.safetensors nor pytorch_model*.bin, but no other weights can be read. Use another one."
-                )
-            chosen += found
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=chosen))
+        chosen = choose(hashes)
+        folder = Path(snapshot_download(name, revision=commit, repo_type=kind, allow_patterns=chosen))
     except (HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
@@ -62,7 +90,7 @@ def fetch(path: Path, weights: bool = True) -> Path:
             raise ConfigError(f"{path}: {file} is not what the hub has of it ({hashes[file]}), so that it was damaged on its way. It was removed; start again.")
     record = _record(folder)
     record.parent.mkdir(exist_ok=True)
-    write_text(record, json.dumps(known | {file: hashes[file] for file in chosen}, indent=1) + "\n")
+    write_text(record, json.dumps({**known} | {file: hashes[file] for file in chosen}, indent=1) + "\n")
     return folder
 
 
@@ -84,7 +112,7 @@ def _is_id(path: Path) -> bool:
     return str(path).startswith(_PREFIX)
 
 
-def _parse(path: Path) -> tuple[str, str]:
+def _parse(path: Path | str, kind: Kind = "model") -> tuple[str, str]:
     """Name and commit of an id. Raises ConfigError that says what to write instead, for a branch or a tag too, which may move."""
     name, _, revision = str(path).removeprefix(_PREFIX).partition("@")
     if _COMMIT.fullmatch(revision):
@@ -95,7 +123,7 @@ def _parse(path: Path) -> tuple[str, str]:
 
     what = f"{path}: names {f'the branch or tag {revision}, which may move' if revision else 'no revision'}, but a run needs a commit"
     try:
-        now = HfApi().model_info(name, revision=revision or None).sha
+        now = HfApi().repo_info(name, revision=revision or None, repo_type=kind).sha
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _refused(path, error) from None
     except HFValidationError as error:
@@ -107,20 +135,21 @@ def _parse(path: Path) -> tuple[str, str]:
     raise ConfigError(f"{what}. Now it is {now}: write {_PREFIX}{name}@{now}.")
 
 
-def _find(name: str, commit: str) -> Path | None:
-    """The local directory, without a look at the network; None where the small files are not all there."""
+def _find(name: str, commit: str, kind: Kind = "model") -> Path | None:
+    """The local directory, without a look at the network; None where the files, of a model the small ones, are not all there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=list(_SMALL), ignore_patterns=["*/*"]))
+        small: dict[str, Any] = {"allow_patterns": list(_SMALL), "ignore_patterns": ["*/*"]} if kind == "model" else {}
+        return Path(snapshot_download(name, revision=commit, repo_type=kind, local_files_only=True, **small))
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
         raise ConfigError(f"{_PREFIX}{name}@{commit}: {str(error).splitlines()[0].rstrip('.')}. Mend the name.") from None
 
 
-def _refused(path: Path, error: Exception) -> ConfigError:
+def _refused(path: Path | str, error: Exception) -> ConfigError:
     """What the hub's answer, or its silence, means for the user."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -132,7 +161,7 @@ def _refused(path: Path, error: Exception) -> ConfigError:
     if isinstance(error, GatedRepoError):
         return ConfigError(f"{path}: {hub} gives {name} to those alone who accepted its terms. Accept them at {hub}/{name}, and log in by `hf auth login`.")
     if isinstance(error, RepositoryNotFoundError):
-        return ConfigError(f"{path}: {hub} has no model {name}, or keeps it from you. Mend the name; for a private model log in by `hf auth login`.")
+        return ConfigError(f"{path}: {hub} has no {name}, or keeps it from you. Mend the name; for what is private log in by `hf auth login`.")
     said = next(iter(str(error).strip().splitlines()), "")
     return ConfigError(
         f"{path}: cannot be fetched from {hub} ({type(error).__name__}: {said}). Start again where it can be reached; what is fetched once needs no network."

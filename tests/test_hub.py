@@ -1,4 +1,4 @@
-"""Models by hub ids, through the command line and the real huggingface_hub, from a small server that speaks what it needs of the hub's protocol."""
+"""Models and data sets by hub ids, through the command line and the real huggingface_hub, from a small server that speaks what it needs of the hub's protocol."""
 
 import hashlib
 import json
@@ -13,23 +13,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import config_text
+from conftest import config_text, write_corpus
 
 from launch.submit import ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/teacher"
 ID = f"hf:{NAME}@{COMMIT}"
+DATA = "someone/texts"
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository, of one commit, on the branch main: https://huggingface.co/docs/hub/api."""
+    """A repository of a model and one of a data set, of one commit each, on the branch main: https://huggingface.co/docs/hub/api."""
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.requests, self.damage = folder, [], b""
+        self.folder, self.data, self.requests, self.damage = folder, data, [], b""
 
     @property
     def url(self) -> str:
@@ -51,13 +52,14 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = self.path.partition("?")[0]
         self.server.requests.append(f"{self.command} {path}")
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        api = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        file = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         found = api or file
-        if found is None or found[1] not in (NAME, "someone/gated"):
+        if found is None or found[1] not in (NAME, DATA, "someone/gated"):
             return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if found[1] == "someone/gated":
             return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        self.folder = self.server.data if found[1] == DATA else self.server.folder
         revision = (api[3] if api else file[2]) or "main"  # type: ignore[index]
         if revision not in ("main", COMMIT):
             return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
@@ -67,17 +69,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(200, damaged + content[len(damaged) :], {"X-Repo-Commit": COMMIT, "ETag": f'"{value}"'})
         if api is not None and api[2] == "tree":
             folders = [{"type": "directory", "path": "onnx", "oid": 40 * "a"}, {"type": "file", "path": "onnx/config.json", "size": 3, "oid": 40 * "c"}]
-            return self.send(200, json.dumps(self.entries() + folders).encode())
+            return self.send(200, json.dumps(self.entries() + folders * (found[1] == NAME)).encode())
         listed = [{"rfilename": entry.pop("path"), "blobId": entry.pop("oid"), **entry} for entry in self.entries()]
         listed = [{**entry, "lfs": {"sha256": entry["lfs"]["oid"], "size": entry["size"], "pointerSize": 100}} if "lfs" in entry else entry for entry in listed]
-        listed.append({"rfilename": "onnx/config.json", "blobId": 40 * "c", "size": 3})
+        listed += [{"rfilename": "onnx/config.json", "blobId": 40 * "c", "size": 3}] * (found[1] == NAME)
         self.send(200, json.dumps({"id": NAME, "sha": COMMIT, "siblings": listed}).encode())
 
     def entries(self) -> list[dict]:
-        return [self.entry(path.name) for path in sorted(self.server.folder.iterdir())]
+        return [self.entry(path.name) for path in sorted(self.folder.iterdir())]
 
     def read(self, name: str) -> bytes:
-        return (self.server.folder / name).read_bytes()
+        return (self.folder / name).read_bytes()
 
     def hashes(self, name: str) -> dict[str, str]:
         content = self.read(name)
@@ -106,7 +108,10 @@ def hub(world: Path, tmp_path: Path) -> Iterator[Hub]:
     folder = shutil.copytree(world / "teacher", tmp_path / "repository")
     for name in ("pytorch_model.bin", "model.onnx", "README.md"):
         (folder / name).write_text("not this")
-    with Hub(folder) as server:
+    (tmp_path / "texts").mkdir()
+    write_corpus(tmp_path / "texts/train.jsonl", 40, 0)
+    (tmp_path / "texts/README.md").write_text("Forty sentences.")
+    with Hub(folder, tmp_path / "texts") as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -185,6 +190,22 @@ def test_a_cache_that_is_gone_is_fetched_again_or_named(hub: Hub, dqtrain: Calla
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
     said = dqtrain("train", config, code=2, **rank)
     assert f"{ID}: is not in this machine's cache of the hub (HF_HOME)." in said and "Traceback" not in said
+
+
+def test_a_job_reads_the_data_set_that_was_fetched_for_it(hub: Hub, dqtrain: Callable[..., str], config: Path, tmp_path: Path) -> None:
+    path = f"hf:{DATA}@{COMMIT}"
+    config.write_text(re.sub(r"train: \S+train\.jsonl", f'train: "{path}"', config.read_text(), count=1))
+    assert path in config.read_text()
+    dqtrain(*dry_run(config))
+    assert {request for request in hub.requests if "resolve" in request and DATA in request}
+    hub.requests.clear()
+    dqtrain("prepare", config, HF_HUB_OFFLINE="1")
+    [index] = (tmp_path / "shards").glob("train-*/index.json")
+    assert json.loads(index.read_text())["num_documents"] == 40 and not hub.requests
+    dqtrain(*dry_run(config))
+    assert not [request for request in hub.requests if DATA in request]
+    (config.parent / "branch.yaml").write_text(config.read_text().replace(path, f"hf:{DATA}@main"))
+    assert f"Now it is {COMMIT}: write hf:{DATA}@{COMMIT}." in dqtrain(*dry_run(config.parent / "branch.yaml"), code=2)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from dqtrain import hub
 from dqtrain.config import Source
 from dqtrain.errors import DataError
 
@@ -464,8 +465,11 @@ def _load_hub(path: str, subset: str | None, split: str, revision: str | None, v
     """The data set, opened once by each process; `version` changes with its content."""
     import datasets
 
+    name = _hub_name(path)[0]
+    if revision is not None:
+        name = str(hub.data_directory(f"hf:{name}@{revision}") or name)  # fetched for a job, which has no network
     try:
-        return datasets.load_dataset(_hub_name(path)[0], subset, split=split, revision=revision, streaming=True)
+        return datasets.load_dataset(name, subset, split=split, revision=None if os.path.isdir(name) else revision, streaming=True)
     except Exception as error:
         raise DataError(f"{path}: split {split} cannot be opened ({_first_line(error)}). Check path, subset and split.") from None
 

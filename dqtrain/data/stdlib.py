@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from dqtrain.config import SPLITS
 from dqtrain.errors import DataError
 
 STDLIB = "builtin:python-stdlib"
-SPLITS = ("train", "validation", "test")
 LEAK_BYTES = 200
 """No text of this many bytes (so none of this many characters) is in two splits of the standard library."""
 

@@ -9,12 +9,12 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqtrain.config import Pairs, Source
+from dqtrain.config import SPLITS, Pairs, Source
 from dqtrain.data import sources, stdlib
 from dqtrain.data.corpus import documents, find_corpus, pairs, references
 from dqtrain.data.docstrings import DOCSTRINGS, docstring_pairs
 from dqtrain.data.sources import LeftOut
-from dqtrain.data.stdlib import LEAK_BYTES, SPLITS, STDLIB, stdlib_summary, stdlib_texts
+from dqtrain.data.stdlib import LEAK_BYTES, STDLIB, stdlib_summary, stdlib_texts
 from dqtrain.errors import DataError
 
 PAIRS = Pairs(source="mr", target="ref", template="say: {source}", source_tokens=8, target_tokens=8)
