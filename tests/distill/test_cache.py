@@ -13,7 +13,7 @@ from families import FAMILIES
 
 from dqtrain.config import Pairs, Train, Zero
 from dqtrain.config import Teacher as Settings
-from dqtrain.data.stream import IGNORED, PairStream, Stream
+from dqtrain.data.stream import PairStream, Stream
 from dqtrain.distill import cache
 from dqtrain.distill.cache import CachedTeacher, cache_folder, write_cache
 from dqtrain.distill.terms import cross_entropy, sampled_cross_entropy
