@@ -264,4 +264,4 @@ def test_a_mistake_in_a_source_is_told_once_and_named(small, train, message):
 
 
 def test_passive_fields_exist():
-    assert {*_leaves(RunConfig), "eval.generation"} >= PASSIVE  # a block that may be null is a leaf then
+    assert {*_leaves(RunConfig), "eval.generation", "data.mixture"} >= PASSIVE  # a block that may be null is a leaf then, and so is a list

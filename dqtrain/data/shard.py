@@ -1,8 +1,8 @@
 """One file of token ids: a header, the document ends, the tokens, which of them are predicted, and a checksum for every MiB of all that.
 
-Layout, little-endian: magic (8 bytes), length of the header (uint64), header (JSON, padded with spaces), xxh64 of all before (uint64);
+Layout, little-endian: magic (8 bytes), length of the header (uint64), header (JSON, padded with spaces), xxh3_64 of all before (uint64);
 payload: document ends (uint64), tokens (uint16 or uint32), and with `has_predicted` a bit for each token, the lowest bit of a byte first;
-xxh64 of every `block_bytes` of the payload (uint64 each).
+xxh3_64 of every `block_bytes` of the payload (uint64 each).
 A file is complete or absent, is read through a memory map, and no token is handed out before its block was checked. Needs numpy and xxhash.
 """
 
@@ -81,9 +81,9 @@ def write_shard(
     text = json.dumps(header).encode()
     text += b" " * (-(len(MAGIC) + 8 + len(text) + 8) % _ALIGNMENT)
     head = MAGIC + len(text).to_bytes(8, "little") + text
-    checksums = np.array([xxhash.xxh64_intdigest(block) for block in blocks], "<u8")
+    checksums = np.array([xxhash.xxh3_64_intdigest(block) for block in blocks], "<u8")
     with writing(path):
-        write_whole(path, [head, xxhash.xxh64_intdigest(head).to_bytes(8, "little"), payload, checksums.tobytes()])
+        write_whole(path, [head, xxhash.xxh3_64_intdigest(head).to_bytes(8, "little"), payload, checksums.tobytes()])
 
 
 class Shard:
@@ -101,7 +101,7 @@ class Shard:
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             raise DataError(f"token shard {path} cannot be read ({error}); {_REMEDY}.") from None
         self.header, payload_start = self._read_header()
-        self.checksum = f"{xxhash.xxh64_intdigest(self._bytes[: payload_start - 8]):016x}"
+        self.checksum = f"{xxhash.xxh3_64_intdigest(self._bytes[: payload_start - 8]):016x}"
         self.num_tokens: int = self.header["num_tokens"]
         self._dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
         self._tokens_start = 8 * self.header["num_documents"]
@@ -127,7 +127,7 @@ class Shard:
         end = start + int.from_bytes(self._bytes[len(MAGIC) : start], "little")
         if end + 8 > len(self._bytes):
             raise DataError(f"token shard {self.path} has {len(self._bytes)} bytes, but its header alone should end at {end + 8}; {_REMEDY}.")
-        if xxhash.xxh64_intdigest(self._bytes[:end]) != int.from_bytes(self._bytes[end : end + 8], "little"):
+        if xxhash.xxh3_64_intdigest(self._bytes[:end]) != int.from_bytes(self._bytes[end : end + 8], "little"):
             raise DataError(f"token shard {self.path}: the header does not match its checksum; {_REMEDY}.")
         header = json.loads(bytes(self._bytes[start:end]))
         if header["version"] != VERSION:
@@ -187,7 +187,7 @@ class Shard:
 
     def _check(self, block: int) -> None:
         block_bytes = self.header["block_bytes"]
-        if xxhash.xxh64_intdigest(self._payload[block * block_bytes : (block + 1) * block_bytes]) != self._checksums[block]:
+        if xxhash.xxh3_64_intdigest(self._payload[block * block_bytes : (block + 1) * block_bytes]) != self._checksums[block]:
             raise DataError(f"token shard {self.path}: block {block} of {len(self._checked)} does not match its checksum; {_REMEDY}.")
         self._checked[block] = True
         self.is_checked = bool(self._checked.all())

@@ -111,7 +111,7 @@ def test_another_version_is_refused(tmp_path):
     path = write(tmp_path / "a.bin", [1, 2])
     data = path.read_bytes().replace(b'"version": 2', b'"version": 1')
     end = 16 + int.from_bytes(data[8:16], "little")
-    path.write_bytes(data[:end] + xxhash.xxh64_intdigest(data[:end]).to_bytes(8, "little") + data[end + 8 :])
+    path.write_bytes(data[:end] + xxhash.xxh3_64_intdigest(data[:end]).to_bytes(8, "little") + data[end + 8 :])
     with pytest.raises(DataError, match="has format version 1, but this dqtrain reads 2"):
         Shard(path)
 
