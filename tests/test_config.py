@@ -205,7 +205,7 @@ def test_no_knob_is_dead_and_every_knob_is_documented():
         handed_on = dict.fromkeys(
             ("linears", "embeddings", "positions", "weights", "contrast", "distill", "logits", "hidden", "teacher", "generation", "pairs"), ("settings",)
         )
-        handed_on |= {"mixture": ("stage",), "quant": ("config",), "activations": ("inputs", "settings"), "overrides": ("override",)}
+        handed_on |= {"mixture": ("stage",), "quant": ("config",), "activations": ("inputs", "settings"), "overrides": ("override",), "export": ("asked",)}
         return any((name, field) in read for name in (owner, *handed_on.get(owner, ())))
 
     assert [leaf for leaf in _leaves(RunConfig) if not is_read(leaf)] == []
