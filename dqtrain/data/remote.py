@@ -50,11 +50,16 @@ class Copies:
         self.root = root or Path(tempfile.gettempdir()) / "dqtrain-shards"
         self.max_bytes = max_bytes
         self.fetched_bytes = 0
+        self._opening: dict[str, threading.Lock] = {}
         self._folder = self.root / hashlib.sha256(self.address.encode()).hexdigest()[:16]
 
     def open(self, file: str, num_bytes: int, checksum: str) -> Shard:
         """Map a shard, fetched before if there is no sound copy. Raises DataError when it stays missing or damaged, or when the copy cannot be written."""
-        path = self._folder / file
+        with self._opening.setdefault(file, threading.Lock()):  # threads of a process may ask in the same microsecond
+            return self._open(self._folder / file, num_bytes, checksum)
+
+    def _open(self, path: Path, num_bytes: int, checksum: str) -> Shard:
+        file = path.name
         while (shard := _copy(path, num_bytes, checksum)) is None:
             # The name begins with the time, so that of two ranks that begin at once both see who was first.
             mine = path.with_name(f".{file}.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
