@@ -50,6 +50,7 @@ class Copies:
         self.root = root or Path(tempfile.gettempdir()) / "dqtrain-shards"
         self.max_bytes = max_bytes
         self.fetched_bytes = 0
+        self._counting = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
         self._folder = self.root / hashlib.sha256(self.address.encode()).hexdigest()[:16]
 
@@ -87,7 +88,8 @@ class Copies:
                 with _writing(unfinished):
                     out.write(block)
                     out.flush()  # so that others see it grow
-                self.fetched_bytes += len(block)
+                with self._counting:
+                    self.fetched_bytes += len(block)
             with _writing(unfinished):
                 os.fsync(out.fileno())
         found = unfinished.stat().st_size
