@@ -274,6 +274,8 @@ class Saver:
             self.root.mkdir(parents=True, exist_ok=True)
             for left in self.root.glob(".tmp-*"):  # an old done-*.json would be taken for a new one
                 shutil.rmtree(left)
+            for old in self.root.glob(".old-*"):  # what a kill left half deleted may take the room of a whole checkpoint
+                shutil.rmtree(old, ignore_errors=True)
             free = shutil.disk_usage(self.root).free
             if num_bytes > free:
                 return f"No space left on device: it takes {num_bytes:,} bytes, but {free:,} are free"

@@ -272,28 +272,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fetch(config: RunConfig, weights: bool = True) -> None:
-    """Download what the config names by hub ids, unless it is there."""
-    for path in (config.teacher.path if config.teacher else None, config.student.init_from):
-        if path is not None:
-            hub.fetch(path, weights)
-    if config.data.tokenizer is not None:
-        hub.fetch(config.data.tokenizer, weights=False)
-
-
-def _check_paths(config: RunConfig, for_job: bool = False) -> None:
-    """Refuse what a look at the file system shows, before torch is imported and ranks are started; fetch what is on the hub, for a job the data too."""
-    _fetch(config)
-    for source in (source for split in SPLITS for source in config.data.sources(split)):
-        if for_job and source.path.startswith("hf:") and not Path(source.path.removeprefix("hf:")).is_dir():
-            hub.fetch_data(source.path)
+def _check_paths(config: RunConfig) -> None:
+    """Refuse what a look at the file system shows, before torch is imported and ranks are started; of models on the hub the small files are fetched."""
+    for split in SPLITS:
+        _check_corpora(config.data.sources(split))
+    hub.fetch_models(config, weights=False)
     folders = [model_directory(config.teacher.path)] if config.teacher else []
     folders += [start_directory(config.student.init_from)] if config.student.init_from else []
     for folder in folders:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder}: no config.json there. Give a Hugging Face model directory, or a finished run.")
-    for split in SPLITS:
-        _check_corpora(config.data.sources(split))
 
 
 def _check_corpora(sources: Sequence[Source]) -> None:
@@ -314,6 +302,7 @@ def train(config: RunConfig, ranks: int | None = None) -> int:
     run = RunDir(config.run.dir)
     run.check_claim(config)
     run.refuse_if_owned()
+    hub.fetch_models(config)
     withdraw(run.stop)  # it asked an earlier start
     print(f"{'starting' if run.claim(config) == 'start' else 'continuing'} {run.path} on {ranks} rank{'s' if ranks > 1 else ''}", flush=True)
     run.event("launch", ranks=ranks, logged=run.logged_step())
@@ -367,14 +356,14 @@ def _submit_side(args: argparse.Namespace) -> str:
                 raise ConfigError("--ranks is for this machine; the ranks of a job are those of the site file, ranks_per_node. Leave it out.")
             run.refuse_if_owned()
             options = [["--ranks", str(launch.site.ranks)]]
-        _check_paths(config, for_job=True)
+        _check_paths(config)
         return submit_side(args.command, [(run, words) for words in options], launch, config)
     runs = [RunDir(path.absolute()) for path in dict.fromkeys([args.run] if args.command == "export" else args.models)]
     for run in runs:
         if not run.config.is_file():
             raise ConfigError(f"{run.path} is no run, in whose directory a job could leave its output. Name runs, or leave out --site.")
         run.load_result()
-        _fetch(run.load_config(), weights=False)
+        hub.fetch_models(run.load_config(), weights=False)
     words = _eval_options(args, runs) if args.command == "eval" else _export_options(args)
     return submit_side(args.command, [(run, words) for run in runs], launch)
 
@@ -423,6 +412,7 @@ def cache_teacher(config: RunConfig, ranks: int | None = None) -> int:
     _check_paths(config)
     run = RunDir(config.run.dir)
     run.refuse_if_owned()
+    hub.fetch_models(config)
     run.claim(config)
     return run_ranks([sys.executable, "-m", "dqtrain", "cache-teacher", str(run.config)], 1 if ranks is None else ranks, run)
 
@@ -442,7 +432,7 @@ def resume(path: Path, ranks: int | None = None, here: bool = False, new_code: b
                 f"{launch.folder}, where the run was submitted and relative paths of its config count from, is gone. Make it again, or add --here."
             )
         os.chdir(launch.folder)
-        _check_paths(config, for_job=True)
+        _check_paths(config)
         print(submit(config, launch, run, new_code=new_code))
         return 0
     if new_code:
@@ -486,14 +476,14 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "submit":
         config = load_config(args.config, args.overrides)
         launch = new_launch(load_site(args.site), args.nodes, args.time)
-        _check_paths(config, for_job=True)
+        _check_paths(config)
         print(submit(config, launch, RunDir(config.run.dir.absolute()), args.dry_run))
         return 0
     if args.command == "sweep":
         asked = load_sweep(args.sweep)
         found = points(asked, args.overrides)
         for point in found:
-            _check_paths(point.config, for_job=not args.here)
+            _check_paths(point.config)
         if args.here:
             if args.time is not None:
                 raise ConfigError("--time is for jobs. Leave it out, or give --site instead of --here.")
@@ -655,7 +645,7 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
     run = RunDir(path)
     config = load_config(like) if like else run.load_config() if run.config.is_file() else None
     if config is not None and run.config.is_file():
-        _fetch(config, weights=False)  # the tokenizer may be there
+        hub.fetch_models(config, weights=False)  # the tokenizer may be there
     model = load_spread(path)
     world = replace(world, device=input_device(model))
     stream = evaluation_stream(path, model, split, data, tokens_per_sample, config)
@@ -672,7 +662,7 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
 def _plan(config: RunConfig, nodes: int, gpus: int, gpu: str, as_json: bool) -> int:
     """Print a plan; raises ConfigError for one that does not fit, or that has fewer micro-batches than ranks."""
     check_ranks(config.train, nodes * gpus)
-    _fetch(config, weights=False)  # the rest is arithmetic
+    hub.fetch_models(config, weights=False)  # the rest is arithmetic
     asked = plan(config, nodes, gpus, gpu)
     best, fitting = fastest(asked), None if asked.fits else cheapest(asked)
     if as_json:

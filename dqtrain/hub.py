@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from dqtrain.config import SPLITS, RunConfig
 from dqtrain.errors import ConfigError
 from dqtrain.files import DISK_ERRORS, write_text
 
@@ -35,8 +36,8 @@ def fetch(path: Path, weights: bool = True) -> Path:
     name, commit = _parse(path)
     folder = _find(name, commit)
     known = _read_record(folder) if folder is not None else {}
-    wanted = [kind for kinds in _WEIGHTS for kind in kinds] if weights else ["config.json", "token*"]
-    if folder is not None and all((folder / file).is_file() for file in known) and any(fnmatch.fnmatch(file, kind) for file in known for kind in wanted):
+    has_weights = any(_matches(file, kinds) for file in known for kinds in _WEIGHTS)
+    if folder is not None and known and all((folder / file).is_file() for file in known) and (has_weights or not weights):
         return folder
 
     def choose(files: Collection[str]) -> list[str]:
@@ -57,6 +58,22 @@ def fetch_data(path: str) -> Path:
     """The local directory of a data set's hub id, all files of which are downloaded if they are not there yet, and checked as by `fetch`; the same errors."""
     name, commit = _parse(path, "dataset")
     return data_directory(path) or _download(path, name, commit, "dataset", list, {})
+
+
+def fetch_models(config: RunConfig, weights: bool = True) -> None:
+    """`fetch` all models that a config names, with their weights or without, and its tokenizer."""
+    for path in (config.teacher.path if config.teacher else None, config.student.init_from):
+        if path is not None:
+            fetch(path, weights)
+    if config.data.tokenizer is not None:
+        fetch(config.data.tokenizer, weights=False)
+
+
+def fetch_data_sets(config: RunConfig) -> None:
+    """`fetch_data` all data sets that a config names: for a job, which has no network."""
+    for source in (source for split in SPLITS for source in config.data.sources(split)):
+        if source.path.startswith(_PREFIX) and not Path(source.path.removeprefix(_PREFIX)).is_dir():
+            fetch_data(source.path)
 
 
 def data_directory(path: str) -> Path | None:

@@ -17,14 +17,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from dqtrain.config import RunConfig
+from dqtrain import hub
+from dqtrain.config import RunConfig, differences
 from dqtrain.errors import FINAL_CODES, ConfigError, UserError
 from dqtrain.files import write_text
 from dqtrain.rundir import RunDir
 from launch import slurm
 from launch.local import start
 from launch.site import Site
-from launch.submit import ROOT, Launch, batch_flags, check_container, check_name, read_excluded
+from launch.submit import ROOT, Launch, batch_flags, check_container, check_name, read_excluded, refuse_live
 
 TAIL_BYTES = 1 << 14
 """What is read of the end of what a job printed."""
@@ -87,14 +88,16 @@ class SideJob:
 
 
 def side_jobs(run: RunDir) -> list[SideJob]:
-    """The newest job of each command, oldest first."""
-    found = [json.loads(file.read_text()) for file in run.side.glob("*.json") if not file.name.endswith(".end.json")]
-    newest: dict[tuple[str, ...], SideJob] = {}
-    for record in sorted(found, key=lambda record: record["time"]):
-        words = tuple(record["words"])
-        newest.pop(words, None)
-        newest[words] = SideJob(run, words, record["job"], record["time"])
-    return list(newest.values())
+    """The newest job of each command, or all parts of the newest, oldest first."""
+    records = [json.loads(file.read_text()) for file in run.side.glob("*.json") if not file.name.endswith(".end.json")]
+    jobs = [SideJob(run, tuple(record["words"]), record["job"], record["time"]) for record in sorted(records, key=lambda record: record["time"])]
+    newest = {_command(job.words): job.job.partition("_")[0] for job in jobs}
+    return [job for job in jobs if job.job.partition("_")[0] == newest[_command(job.words)]]
+
+
+def _command(words: Sequence[str]) -> tuple[str, ...]:
+    """What was asked, whichever part of it a job does."""
+    return tuple(word for before, word in zip(("", *words), words, strict=False) if "--part" not in (before, word))
 
 
 def lines(run: RunDir) -> list[str]:
@@ -131,17 +134,21 @@ def submit_side(verb: Verb, asked: Sequence[tuple[RunDir, Sequence[str]]], launc
             check_container(launch.site.container, (run.path, launch.folder, ROOT))
         if config is not None:
             run.check_claim(config)
+            if run.config.is_file() and differences(run.load_config(), config):  # it would be another one that a queued job trains
+                refuse_live(run)
     for run, options in asked:
         for job in side_jobs(run):
-            if job.words == (verb, *options) and (state := job.state()[0]) in ("waits", "runs"):
+            if _command(job.words) == _command((verb, *options)) and (state := job.state()[0]) in ("waits", "runs"):
                 raise ConfigError(f"{run.path}: `{shlex.join(job.words)}` {state} already as job {job.job}. `scancel {job.job}` ends it.")
     slurm.require("sbatch")
     for run in runs:
         if config is not None:
+            hub.fetch_models(config, weights=verb == "cache-teacher")
+            hub.fetch_data_sets(config)
             run.claim(config)
         run.side.mkdir(exist_ok=True)
     flags = batch_flags(launch, f"{verb}-{runs[0].path.name}", {node for run in runs for node in read_excluded(run)})
-    del flags["signal"]  # there is nothing to save before the time limit
+    flags["signal"] = "B:CONT@1"  # there is nothing to save before the time limit; without any, submitit asks for one that ends a step
     # submitit imports cloudpickle and more, and is needed here alone
     from launch.array import Array
 
@@ -174,7 +181,11 @@ def _python(launch: Launch, verb: Verb, run: RunDir) -> list[str]:
         return ["/usr/bin/env", *(f"{name}={value}" for name, value in variables.items()), str(launch.python)]
     places = [ROOT, run.path, *([launch.site.scratch] if launch.site.scratch else [])]
     words = container.words(launch.folder, places, variables, launch.site.gpus_per_node > 0)
-    return ["/usr/bin/env", *(["srun", "--ntasks=1"] if container.kind == "pyxis" else []), *words]
+    if container.kind == "apptainer":
+        return ["/usr/bin/env", *words]
+    # srun takes no number of CPUs over from sbatch, and refuses another one than the environment's.
+    step = ["srun", "--ntasks=1", f"--cpus-per-task={launch.site.ranks * launch.site.cpus_per_rank}", "--mpi=none", "--input=none"]
+    return ["/usr/bin/env", "-u", "SLURM_CPUS_PER_TASK", *step, *words]
 
 
 def _variables(site: Site, verb: Verb) -> dict[str, str]:

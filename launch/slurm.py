@@ -163,6 +163,12 @@ def find_job(job: str, patience_s: float = 0.0) -> Job | None:
     )
 
 
+def is_live(job: str, patience_s: float = 0.0) -> bool:
+    """Whether a job waits, runs or ends just now. Raises SlurmError when Slurm does not answer."""
+    found = find_job(job, patience_s)
+    return found is not None and found.is_live
+
+
 def node_states(nodes: Sequence[str]) -> dict[str, str]:
     """Name -> state of nodes, in sinfo's words (idle, mixed, down, ...), with a * behind that of one that does not answer. Raises SlurmError."""
     said = _call(["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"])

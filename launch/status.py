@@ -336,7 +336,7 @@ def stop(path: Path) -> str:
     run.event("stop_requested")
     if launch is not None and job is not None and job.is_live:
         jobs = (launch.job, *launch.successors)
-        waiting = [name for name in jobs[jobs.index(job.id) + (what == "runs") :] if name is not None]
+        waiting = [name for name in jobs[jobs.index(job.id) + (what == "runs") :] if name is not None and slurm.is_live(name)]
         if waiting:
             slurm.cancel(*reversed(waiting))  # the last first, so that none is free to begin
     if what == "waits" and job is not None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import AwareDatetime, Field, TypeAdapter, ValidationError
 
+from dqtrain import hub
 from dqtrain.config import Block, RunConfig, check_ranks
 from dqtrain.errors import ConfigError
 from dqtrain.files import temporary_beside, write_text
@@ -231,8 +232,11 @@ def _queue(launch: Launch, run: RunDir, exclude: Collection[str]) -> list[str]:
     try:
         for _ in range(launch.site.successors):
             jobs.append(slurm.sbatch(batch_arguments(launch, run, exclude, after=jobs[-1])))
-    except slurm.SlurmError:
-        slurm.cancel(*reversed(jobs))
+    except slurm.SlurmError as error:
+        try:
+            slurm.cancel(*reversed(jobs))
+        except slurm.SlurmError:
+            raise slurm.SlurmError(f"{error} {', '.join(jobs)} are queued all the same: end them with `scancel {' '.join(jobs)}`.") from None
         raise
     return jobs
 
@@ -257,6 +261,8 @@ def check(config: RunConfig, launch: Launch, run: RunDir) -> RunConfig:
 
 def provide(config: RunConfig, launch: Launch, run: RunDir, new_code: bool = False) -> list[str]:
     """Put all that a start needs into the run. Returns what is worth saying. Raises ConfigError, OSError."""
+    hub.fetch_models(config)
+    hub.fetch_data_sets(config)
     withdraw(run.stop)  # it asked an earlier start
     run.claim(config)
     notes = _copy_code(run, new_code)

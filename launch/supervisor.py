@@ -117,11 +117,11 @@ class Supervisor:
         self.run.event("job_start", job=self.job, restart=self.restart, nodes=self.nodes, ranks=self.ranks, **where)
         self.exclude(lost)
         bad = self.check_nodes()
-        if bad:
-            outcome = self.judge_nodes(bad)
-        elif self._signal is not None:
+        if self._signal is not None:  # which ends the check too: a node that did not answer may be sound
             then: Literal["again", "again if progress"] = "again if progress" if self._signal == signal.SIGUSR1 else "again"
             outcome = Outcome(Stopped.exit_code, f"no rank was started {_OCCASION[self._signal]}", then)
+        elif bad:
+            outcome = self.judge_nodes(bad)
         else:
             outcome = self.judge(self.run_ranks())
         return self.follow(outcome)
@@ -346,7 +346,7 @@ class Supervisor:
 
     def leave_to_successor(self, outcome: Outcome, announced: bool) -> int:
         """End, so that the next of the jobs that were queued beforehand goes on; the exit code. It cannot be told to avoid a node."""
-        left = (load_launch(self.run) or self.launch).successors
+        left = [job for job in (load_launch(self.run) or self.launch).successors if slurm.is_live(job, PATIENCE_S)]
         if not left:
             return self.end(outcome.code, f"{outcome.why.rstrip('.')}; no successor is left (successors). `dqtrain resume {self.run.path}` queues new ones.")
         with suppress(OSError):

@@ -142,9 +142,16 @@ def config(world: Path, tmp_path: Path) -> Path:
 
 
 def dry_run(config: Path) -> list[str]:
-    """The quickest command that needs the weights."""
+    """The quickest command that looks at the models of a config; it needs no weights, and fetches none."""
     (config.parent / "site.yaml").write_text("gpus_per_node: 0\ntime: 0:30:00\n")
     return ["submit", str(config), "--site", str(config.parent / "site.yaml"), "--dry-run"]
+
+
+def fetch_data_sets(hub: Hub, config: Path) -> subprocess.CompletedProcess[str]:
+    """What a submission does once everything else was checked."""
+    body = "import sys; from pathlib import Path; from dqtrain import config, hub; hub.fetch_data_sets(config.load_config(Path(sys.argv[1])))"
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(config.parent / "hub")}
+    return subprocess.run([sys.executable, "-c", body, config], capture_output=True, text=True, timeout=60, env=environment)
 
 
 def files_of(tmp_path: Path) -> set[str]:
@@ -197,15 +204,18 @@ def test_a_job_reads_the_data_set_that_was_fetched_for_it(hub: Hub, dqtrain: Cal
     config.write_text(re.sub(r"train: \S+train\.jsonl", f'train: "{path}"', config.read_text(), count=1))
     assert path in config.read_text()
     dqtrain(*dry_run(config))
-    assert {request for request in hub.requests if "resolve" in request and DATA in request}
+    assert not [request for request in hub.requests if DATA in request or "safetensors" in request]
+    fetched = fetch_data_sets(hub, config)
+    assert fetched.returncode == 0 and [request for request in hub.requests if "resolve" in request and DATA in request], fetched
+    dqtrain("prepare", config)
+    shutil.rmtree(tmp_path / "shards")
     hub.requests.clear()
     dqtrain("prepare", config, HF_HUB_OFFLINE="1")
     [index] = (tmp_path / "shards").glob("train-*/index.json")
     assert json.loads(index.read_text())["num_documents"] == 40 and not hub.requests
-    dqtrain(*dry_run(config))
-    assert not [request for request in hub.requests if DATA in request]
+    assert fetch_data_sets(hub, config).returncode == 0 and not hub.requests
     (config.parent / "branch.yaml").write_text(config.read_text().replace(path, f"hf:{DATA}@main"))
-    assert f"Now it is {COMMIT}: write hf:{DATA}@{COMMIT}." in dqtrain(*dry_run(config.parent / "branch.yaml"), code=2)
+    assert f"Now it is {COMMIT}: write hf:{DATA}@{COMMIT}." in fetch_data_sets(hub, config.parent / "branch.yaml").stderr
 
 
 @pytest.mark.parametrize(
@@ -215,8 +225,8 @@ def test_a_job_reads_the_data_set_that_was_fetched_for_it(hub: Hub, dqtrain: Cal
         (f"hf:{NAME}@main", f"names the branch or tag main, which may move, but a run needs a commit. Now it is {COMMIT}: write {ID}."),
         (f"hf:{NAME}@v9", "has someone/teacher, but no revision v9 of it."),
         (f"hf:{NAME}@{40 * 'e'}", f"has someone/teacher, but no revision {40 * 'e'} of it."),
-        (f"hf:someone/else@{COMMIT}", "has no model someone/else, or keeps it from you."),
-        ("hf:someone/else", "has no model someone/else, or keeps it from you."),
+        (f"hf:someone/else@{COMMIT}", "has no someone/else, or keeps it from you."),
+        ("hf:someone/else", "has no someone/else, or keeps it from you."),
         (f"hf:someone/gated@{COMMIT}", "gives someone/gated to those alone who accepted its terms."),
         (f"hf:a/b/c@{COMMIT}", "Repo id must be in the form"),
         ("hf:a/b/c", "Repo id must be in the form"),
@@ -239,17 +249,17 @@ def test_no_network(dqtrain: Callable[..., str], config: Path) -> None:
 
 def test_damage_on_the_way_is_seen_and_mended(hub: Hub, dqtrain: Callable[..., str], config: Path, tmp_path: Path) -> None:
     hub.damage = b"!"
-    *_, last = dqtrain(*dry_run(config), code=2).splitlines()
+    *_, last = dqtrain("inspect", ID, "--quant", "2-2-8", code=2).splitlines()
     assert last.startswith(f"dqtrain: {ID}: model.safetensors is not what the hub has of it (")
     hub.damage = b""
-    dqtrain(*dry_run(config))
+    dqtrain("inspect", ID, "--quant", "2-2-8")
     assert files_of(tmp_path) >= {"model.safetensors", "config.json"}
 
 
 def test_a_repository_without_weights(hub: Hub, dqtrain: Callable[..., str], config: Path) -> None:
     (hub.folder / "model.safetensors").unlink()
     (hub.folder / "pytorch_model.bin").unlink()
-    assert "holds neither model*.safetensors nor pytorch_model*.bin" in dqtrain(*dry_run(config), code=2)
+    assert "holds neither model*.safetensors nor pytorch_model*.bin" in dqtrain("inspect", ID, "--quant", "2-2-8", code=2)
 
 
 def test_without_an_id_the_hub_is_not_even_imported(world: Path, tmp_path: Path) -> None:
