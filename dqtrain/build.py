@@ -19,7 +19,7 @@ from dqtrain import checkpoint, hub
 from dqtrain.artifact.export import check_targets
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import SPLITS, Data, RunConfig, check_ranks
-from dqtrain.data.folder import open_folder
+from dqtrain.data.folder import Folder, open_folder
 from dqtrain.data.prepare import check_same_tokenizer, load_tokenizer, prepare, tokenizer_files, train_tokenizer
 from dqtrain.data.reader import own_micro_batches
 from dqtrain.data.stream import IGNORED, AnyStream, Batch, DocumentStream, Interleaving, PairStream, Stream
@@ -84,6 +84,7 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
         )
         for split, folders in shards.items()
     }
+    _check_same_data([source.path for source in config.data.sources("train")], streams["train"].folders, run, world)
     numbers = own_micro_batches(world.rank, nodes_of_ranks(), config.train.global_batch // config.train.micro_batch, config.data.parts)
     name = str(config.student.init_from or (config.teacher.path if config.teacher else "student.architecture"))
     check_length(student.config, config.data, name)
@@ -177,6 +178,28 @@ def _check_same_teacher(folder: Path, run: RunDir, world: World) -> None:
                 f"{folder}: {', '.join(changed)} changed since {run.path} started, so that it would go on with another teacher. "
                 "Restore the files, or use another run.dir."
             )
+        write_text(record, json.dumps(found, indent=1))
+
+    on_rank_0(world, compare)
+
+
+def _check_same_data(sources: Sequence[str], folders: Sequence[Folder], run: RunDir, world: World) -> None:
+    """Keep what the samples are made of in the run's data.json, and raise ConfigError when a run that goes on has other ones. Collective."""
+    found = [
+        {"source": source, "tokens": int(folder.num_tokens.sum()), "shards": len(folder.num_tokens), "hash": folder.fingerprint()}
+        for source, folder in zip(sources, folders, strict=True)
+    ]
+    record = run.path / "data.json"
+
+    def compare() -> None:
+        before = json.loads(record.read_text()) if record.is_file() and run.has_checkpoint else found
+        for was, now in zip(before, found, strict=True):
+            if was["hash"] != now["hash"]:
+                counts = [f"{entry['tokens']:,} tokens in {entry['shards']:,} shards" for entry in (was, now)]
+                raise ConfigError(
+                    f"data.train: {now['source']} changed since {run.path} started ({counts[0]} then, {counts[1]} now), so that samples would come twice or not at all. "
+                    "Restore it, or use another run.dir."
+                )
         write_text(record, json.dumps(found, indent=1))
 
     on_rank_0(world, compare)

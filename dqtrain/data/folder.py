@@ -1,5 +1,6 @@
 """The shards of one source: what its index says of them, each opened when it is first read."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -42,6 +43,10 @@ class Folder:
         """What ids are stored as."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
+    def fingerprint(self) -> str:
+        """Changes when a shard, or what its header says, is another: sha256, hexadecimal."""
+        return hashlib.sha256("".join(self._checksums).encode()).hexdigest()
+
     def check(self) -> None:
         """Raise DataError when a shard is not there; one listing of the folder, whatever the number of shards. What is at an address shows when it is read."""
         there = set() if self.copies else set(os.listdir(self.name))
@@ -72,6 +77,10 @@ class ForeignFolder(Folder):
     def dtype(self) -> np.dtype:
         """What ids are stored as."""
         return self._file.dtype
+
+    def fingerprint(self) -> str:
+        """Changes when there are more or fewer tokens, or documents end elsewhere: sha256, hexadecimal."""
+        return hashlib.sha256(f"{self._file.num_tokens} {self._file.dtype}".encode() + self._file.document_ends.tobytes()).hexdigest()
 
     def check(self) -> None:
         """It is there, since it is open."""

@@ -194,6 +194,10 @@ def _tokens_of(source: Source, data: Data, tokenizer: Path, encoder_decoder: boo
     path = source.path.removesuffix("/" + INDEX)
     where: Path | str = path if "://" in path else Path(path)
     if path.endswith((".bin", ".ds")):
+        if data.pairs is not None:
+            raise DataError(
+                f"{path} holds text, without sources and targets, but data.pairs asks for pairs; prepare them from a file of text, or remove data.pairs."
+            )
         return where
     if isinstance(where, Path):
         index = read_index(where)

@@ -2,7 +2,7 @@
 
 A copy is complete and sound or absent: it is fetched under another name, compared with the index and its own checksums, and renamed. There are no locks: of ranks that want
 the same shard one fetches it, as long as its unfinished file grows, and the others look for the copy. What was used least recently makes room, and whoever has it mapped
-keeps it. Needs fsspec, and its package for the protocol.
+keeps it. Used is opened: a copy that is mapped for long counts as used when it was mapped. Needs fsspec, and its package for the protocol.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Copies:
                 mine.parent.mkdir(parents=True, exist_ok=True)
                 mine.touch()
             try:
-                first = min(mine, *_alive(path), key=lambda other: other.name)
+                first = min([mine, *_alive(path)], key=lambda other: other.name)
                 if first != mine:
                     mine.unlink()
                     while _is_alive(first):
@@ -80,19 +80,21 @@ class Copies:
         return shard
 
     def _fetch(self, file: str, unfinished: Path, num_bytes: int, checksum: str) -> None:
-        self._make_room(num_bytes)
         with _writing(unfinished):
             out = unfinished.open("wb")
         with out:
+            with _writing(unfinished):
+                out.truncate(num_bytes)  # a claim, which those who make room at the same time count
+            self._make_room(num_bytes, unfinished)
             for block in _blocks(f"{self.address}/{file}"):
                 with _writing(unfinished):
                     out.write(block)
                     out.flush()  # so that others see it grow
                 with self._counting:
                     self.fetched_bytes += len(block)
+            found = out.tell()
             with _writing(unfinished):
                 os.fsync(out.fileno())
-        found = unfinished.stat().st_size
         if found != num_bytes:
             raise DataError(f"it has {found} bytes, but the index says {num_bytes}")
         shard = Shard(unfinished)
@@ -101,18 +103,21 @@ class Copies:
         shard.verify()
         os.replace(unfinished, self._folder / file)
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Remove copies, those first that were used least recently, until one of `num_bytes` fits."""
+    def _make_room(self, num_bytes: int, unfinished: Path) -> None:
+        """Remove copies, those first that were used least recently, until they fit with what is being fetched, here `num_bytes` as `unfinished`."""
         if num_bytes > self.max_bytes:
             raise _Unwritable(f"a shard of {self.address} has {num_bytes / 2**30:.2f} GiB, but data.cache.gib is {self.max_bytes / 2**30:.2f}. Raise it.")
-        found = []
-        for path in self.root.glob("*/[!.]*"):
+        found, excess = [], -self.max_bytes
+        for path in self.root.glob("*/*"):
             try:
                 status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, path))
             except FileNotFoundError:  # another rank makes room too
                 continue
-        excess = sum(size for _, size, _ in found) + num_bytes - self.max_bytes
+            if not path.name.startswith("."):
+                found.append((status.st_mtime_ns, status.st_size, path))
+            elif path != unfinished and not _is_alive(path):
+                continue
+            excess += status.st_size
         for _, size, path in sorted(found):
             if excess <= 0:
                 break

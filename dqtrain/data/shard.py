@@ -156,10 +156,16 @@ class Shard:
         return self._read(self._tokens_start + start * size, self._tokens_start + stop * size, self._dtype).astype(np.int64)
 
     def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
-        """Check the blocks that hold the tokens [start, stop) of each pair, if they were not. Raises DataError as `read` does."""
-        block_bytes, size = self.header["block_bytes"], self._dtype.itemsize
-        first = (self._tokens_start + starts * size) // block_bytes
-        last = np.maximum(first, (self._tokens_start + stops * size - 1) // block_bytes)
+        """Check the blocks that hold the tokens [start, stop) of each pair, and which are predicted, if they were not. Raises DataError as `read` does."""
+        size = self._dtype.itemsize
+        self._check_between(self._tokens_start + starts * size, self._tokens_start + stops * size)
+        if self.has_predicted:
+            self._check_between(self._predicted_start + starts // 8, self._predicted_start + -(-stops // 8))
+
+    def _check_between(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Check the blocks that hold the bytes [start, stop) of the payload of each pair, if they were not."""
+        first = starts // self.header["block_bytes"]
+        last = np.maximum(first, (stops - 1) // self.header["block_bytes"])
         for further in range(int((last - first).max()) + 1):
             blocks = np.minimum(first + further, last)
             for block in np.unique(blocks[~self._checked[blocks]]).tolist():

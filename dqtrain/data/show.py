@@ -84,7 +84,7 @@ def _sample(folder: Path, index: dict[str, Any], sample: int, tokens_per_sample:
     per_sample, before = 2 if index["kind"] == "pairs" else 1, 0
     for entry in index["shards"]:
         count = entry["num_documents"] // per_sample if tokens_per_sample is None else -(-(entry["num_tokens"] - 1) // tokens_per_sample)
-        if sample < before + count:
+        if before <= sample < before + count:
             break
         before += count
     else:

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -30,6 +31,8 @@ _COMPRESSED = (".gz", ".zst")
 _ROWS = 64
 """Rows that are decoded at once."""
 _BUFFER_BYTES = 2**20
+_FIELD_BYTES = 2**28
+"""Longest field of a csv file; Python's own limit is 128 KiB, and without one a quote that is not closed would take a whole file into memory."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def reading(address: str) -> Iterator[None]:
         raise DataError(f"{address} cannot be read: {error}.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"corpus {address} is not UTF-8 text ({error}); convert it, for example with iconv -t utf-8.") from None
-    except (OSError, EOFError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError, the end of a cut .gz an EOFError
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's ArrowInvalid is a ValueError, the end of a cut .gz an EOFError
         what = getattr(error, "strerror", None) or error
         raise DataError(f"corpus {address} cannot be read ({what}): it is missing, damaged or of another format than its name says.") from None
 
@@ -315,6 +318,7 @@ def _json_lines(unit: Unit, fields: Mapping[str, str], left_out: LeftOut) -> Ite
 
 def _csv_rows(unit: Unit, fields: Mapping[str, str], left_out: LeftOut) -> Iterator[tuple[Place, Any]]:
     """A record's place is the line where its row begins."""
+    csv.field_size_limit(_FIELD_BYTES)
     with open_bytes(unit.address) as file:
         rows = csv.reader(_decoded_lines(unit, file), strict=True)
         number = 1

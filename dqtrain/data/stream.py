@@ -53,8 +53,8 @@ class Batch(NamedTuple):
     """Samples of quarantined shards, which have no targets: bool [samples]; None: no sample."""
 
     def without_targets(self) -> "Batch":
-        """The same inputs, and nothing to predict."""
-        return self._replace(labels=np.full_like(self.labels, IGNORED))
+        """The same inputs, and nothing to predict; another rank says what of them is left out."""
+        return self._replace(labels=np.full_like(self.labels, IGNORED), left_out=None)
 
 
 def write_batches(path: Path, batches: Sequence[tuple[int, Batch]]) -> None:
@@ -109,8 +109,8 @@ class AnyStream(ABC):
         self.num_samples = int(self._sample_ends[-1])
         self.order = Order([count.tolist() for count in sizes], seed, shuffle, interleaving.stages, interleaving.parts, interleaving.micro_batch)
         self._num_tokens = np.concatenate([folder.num_tokens for folder in self.folders])
-        self._num_checked = 0  # shards of which every block was checked
         self._shards: OrderedDict[int, Tokens] = OrderedDict()
+        self._checked = set[int]()  # those of them of which every block was checked
         self.quarantine, self.quarantined = quarantine, set[int]()
         self._fetchers, self._fetching = ThreadPoolExecutor(_FETCHERS, "fetcher"), dict[int, Future[Tokens]]()
 
@@ -176,11 +176,12 @@ class AnyStream(ABC):
         if found is None:
             folder, number = self.folder_of(shard)
             found = self._shards[shard] = folder.open(number)
-            if len(self._shards) > _OPEN_SHARDS:
-                self._shards.popitem(last=False)
+            leaving = [next(iter(self._shards))] if len(self._shards) > _OPEN_SHARDS else []
             if folder.copies is not None:  # a copy that made room takes its space until it is unmapped
-                for other in [other for other, opened in self._shards.items() if other != shard and not opened.path.exists()]:
-                    del self._shards[other]
+                leaving += [other for other, opened in self._shards.items() if other not in (shard, *leaving) and not opened.path.exists()]
+            for other in leaving:
+                del self._shards[other]
+                self._checked.discard(other)
         return found
 
     def _fetch_ahead(self, numbers: Sequence[int], position: int) -> None:
@@ -252,19 +253,18 @@ class Stream(AnyStream):
         together = max(1, _CHECKED // micro_batch) * micro_batch
         for first in range(0, len(samples), together):
             these = slice(first, first + together)
-            lost = self._check(shards[these], starts[these], lengths[these])
+            opened, lost = self._check(shards[these], starts[these], lengths[these])
             names = shards[these].tolist()
-            opened = {name: self._shards.get(name) for name in set(names)}
             if (
                 lost is None
                 and self._is_alike
                 and not self.within
                 and lengths[these].min() == width
-                and not any(shard.has_predicted for shard in opened.values() if shard)
+                and not any(opened[name].has_predicted for name in set(names))
             ):
                 froms, tos = (starts[these] * size).tolist(), ((starts[these] + width) * size).tolist()
                 # Joining slices of the maps copies each token once, without numpy's calls for each row or shard.
-                slices = [opened[name].bytes[start:stop] for name, start, stop in zip(names, froms, tos, strict=True)]  # type: ignore[union-attr]
+                slices = [opened[name].bytes[start:stop] for name, start, stop in zip(names, froms, tos, strict=True)]
                 for start in range(0, len(names), micro_batch):
                     ids = np.frombuffer(b"".join(slices[start : start + micro_batch]), self._dtype).reshape(-1, width).astype(np.int64)
                     yield Batch(ids[:, :-1], ids[:, 1:], samples[first + start : first + start + micro_batch])
@@ -272,30 +272,38 @@ class Stream(AnyStream):
                 for start in range(first, first + len(names), micro_batch):
                     rows = slice(start, start + micro_batch)
                     left_out = None if lost is None else lost[start - first : start - first + micro_batch]
-                    yield self._careful_batch(samples[rows], [opened[name] for name in shards[rows].tolist()], starts[rows], lengths[rows], left_out)
+                    yield self._careful_batch(samples[rows], [opened.get(name) for name in shards[rows].tolist()], starts[rows], lengths[rows], left_out)
 
     def _batch(self, samples: np.ndarray) -> Batch:
         return next(self._batches(samples, len(samples)))
 
-    def _check(self, shards: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
-        """Open the shards and check the blocks that the samples lie in; which samples have none: bool [samples], None where all have."""
-        if self._num_checked == len(self._sample_ends):
-            return None
+    def _check(self, shards: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[dict[int, Tokens], np.ndarray | None]:
+        """Open the shards and check all that is read of the samples; the shards, and which samples are lost: bool [samples], None where none is."""
+        if len(self._checked) == len(self._sample_ends):
+            return self._shards, None
+        opened: dict[int, Tokens] = {}  # the copies of the first may make room for those of the last, and stay readable here
 
         def check(shard: Tokens, rows: np.ndarray) -> None:
+            number = int(shards[rows[0]])
             if not shard.is_checked:
                 shard.check(starts[rows], starts[rows] + lengths[rows])
-                self._num_checked += shard.is_checked
+                if self.within:
+                    _ = shard.document_ends
+            if shard.is_checked:
+                self._checked.add(number)
+            opened[number] = shard
 
-        return self._read(shards, check)
+        lost = self._read(shards, check)
+        return opened, lost
 
     def _careful_batch(self, samples: np.ndarray, shards: Sequence[Tokens | None], starts: np.ndarray, lengths: np.ndarray, lost: np.ndarray | None) -> Batch:
         """Samples of which something is padded, lost or not predicted, or that are to be attended to document by document."""
         input_ids, labels = (np.full((len(samples), self.tokens_per_sample), fill, np.int64) for fill in (0, IGNORED))
         positions = np.tile(np.arange(self.tokens_per_sample), (len(samples), 1)) if self.within else None
         for row, (shard, start, length) in enumerate(zip(shards, starts.tolist(), lengths.tolist(), strict=True)):
-            if shard is None or (lost is not None and lost[row]):
+            if lost is not None and lost[row]:
                 continue
+            assert shard is not None
             tokens = shard.read(start, start + length)
             input_ids[row, : length - 1] = tokens[:-1]
             is_label = shard.read_predicted(start + 1, start + length)

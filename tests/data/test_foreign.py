@@ -4,9 +4,11 @@ import struct
 
 import numpy as np
 import pytest
+from conftest import prepare_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dqtrain.config import Pairs
 from dqtrain.data.folder import open_folder
 from dqtrain.data.stream import DocumentStream, Stream
 from dqtrain.errors import DataError
@@ -89,5 +91,7 @@ def test_damaged_files_of_other_programs_are_refused(tmp_path):
     path = datatrove(tmp_path / "a.ds", [[1, 2, 3]], "H")
     path.write_bytes(path.read_bytes() + b"1")
     refused("a.ds.index says 3 tokens, but a.ds has 7 bytes, neither 2 nor 4", path)
+    with pytest.raises(DataError, match="a.ds holds text, without sources and targets, but data.pairs asks for pairs"):
+        prepare_one(str(path), "train", tmp_path, tmp_path, pairs=Pairs(source_tokens=8, target_tokens=8))
     path.unlink()
     refused("a.ds cannot be read", path)

@@ -105,6 +105,46 @@ def test_what_was_used_least_recently_makes_room_and_stays_readable_where_it_is_
         small.open(0)
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_cache_smaller_than_what_is_read_together_loses_nothing(tmp_path, within):
+    sizes = made(tmp_path / "here", [7] * 24, "memory://store")
+    cache = Cache(folder=tmp_path / "copies", gib=8.5 * sizes[0] / 2**30)
+    how = (3, True, Interleaving((), 2, 2))
+    far, near = Stream([open_folder("memory://store", cache)], TOKENS, *how, within=within), Stream(tmp_path / "here", TOKENS, *how, within=within)
+    for start in (0, 100, 200):
+        for batch, expected in zip(
+            far._batches(far.order.at(range(start, start + 100)), 4), near._batches(near.order.at(range(start, start + 100)), 4), strict=True
+        ):
+            assert batch.left_out is None and (batch.labels == expected.labels).all() and (batch.input_ids == expected.input_ids).all()
+    assert far._checked == {number for number, shard in far._shards.items() if shard.is_checked} and len(far._checked) < 24
+
+
+def test_what_is_being_fetched_counts_and_what_is_left_behind_goes(tmp_path):
+    sizes = made(tmp_path / "here", [40] * 4, "memory://store")
+    folder = open_folder("memory://store", Cache(folder=tmp_path / "copies", gib=3.5 * sizes[0] / 2**30))
+    copies = [folder.open(number).path for number in (0, 1)]
+    os.utime(copies[0], ns=(0, 0))
+    other, left = tmp_path / "copies/another/.a.1.host.1.1", tmp_path / "copies/another/.b.1.host.1.1"
+    other.parent.mkdir()
+    for path in (other, left):
+        path.write_bytes(bytes(sizes[0]))
+    os.utime(left, ns=(0, 0))
+    folder.open(2)
+    assert [path.exists() for path in (*copies, other, left)] == [False, True, True, False]
+    seen = []
+    real = remote._blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "_blocks", lambda address: seen.extend(p.stat().st_size for p in (tmp_path / "copies").glob("*/.shard*")) or real(address))
+        folder.open(3)
+    assert seen == sizes[:1]  # the whole size, before the first byte
+
+
+def test_a_rank_so_slow_that_its_own_file_counts_as_left_behind_fetches(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_STALLED_S", -1.0)
+    made(tmp_path / "here", [5], "memory://store")
+    assert open_folder("memory://store", Cache(folder=tmp_path / "copies")).open(0).read(0, 3).tolist() == [0] * 3
+
+
 def test_ranks_that_want_the_same_shard_fetch_it_once(tmp_path, monkeypatch):
     (size,) = made(tmp_path / "here", [4000], "memory://store")
     slow = remote._blocks

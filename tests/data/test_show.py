@@ -128,6 +128,7 @@ def test_show_is_coloured_on_a_terminal(made):
 def test_what_cannot_be_shown_is_named(made, copy, capfd):
     for arguments, code, message in (
         ((folder(made, "train"), "--sample", 900), 3, "has 900 samples, counted from 0, but not number 900"),
+        ((folder(made, "train"), "--sample", -1), 3, "has 900 samples, counted from 0, but not number -1"),
         ((folder(made, "test"), "--tokens-per-sample", 8), 3, "holds pairs, which are not packed"),
         ((made / "shards",), 2, "has 3 folders of samples. Name one of them"),
         ((made / "text",), 3, "holds no prepared data"),

@@ -252,6 +252,21 @@ def test_a_file_that_is_cut_short_is_named(tmp_path, kind, message):
         read(path, text=TEMPLATE)
 
 
+def test_a_gz_with_damaged_content_is_named(tmp_path):
+    path = Path(write(tmp_path, "jsonl.gz"))
+    content = bytearray(path.read_bytes())
+    content[10] |= 6  # a kind of block that there is not, which zlib says in its own way
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a.jsonl.gz cannot be read .*invalid block type.*damaged"):
+        read(path, text=TEMPLATE)
+
+
+def test_a_long_field_of_csv_is_read(tmp_path):
+    text = "ab " * 100_000
+    (tmp_path / "a.csv").write_text(f"text\n{text}\n")
+    assert read(tmp_path / "a.csv") == [text]
+
+
 def test_a_file_of_another_format_is_named(tmp_path):
     for name in ("a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.arrow"):
         (tmp_path / name).write_bytes(bz2.compress(LINES))

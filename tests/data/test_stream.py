@@ -285,6 +285,23 @@ def test_a_quarantined_shard_has_no_targets_and_moves_nothing(tmp_path, kind):
     assert (stream.batch(range(20)).labels == batch.labels).all()
 
 
+@pytest.mark.parametrize("where", ["document ends", "loss bits"])
+def test_damage_beside_the_tokens_is_quarantined_too(tmp_path, where, monkeypatch):
+    monkeypatch.setattr("dqtrain.data.shard.BLOCK_BYTES", 16)  # tokens, and what is beside them, in blocks of their own
+    folder = made(tmp_path / "a", [np.arange(1, 37)] * 2, [[11] * 3] * 2, predicted=[np.arange(36) % 2 == 0] * 2)
+    path = folder / "shard-00001.bin"
+    content = bytearray(path.read_bytes())
+    opened = Shard(path)
+    start = len(content) - 8 * len(opened._checksums) - len(opened._payload)
+    content[start if where == "document ends" else start + opened._predicted_start] ^= 1
+    path.write_bytes(content)
+    told: list[str] = []
+    batch = Stream(folder, 8, 0, False, quarantine=told.append, within=where == "document ends").batch(range(10))
+    assert len(told) == 1 and "does not match its checksum" in told[0]
+    assert batch.left_out.tolist() == [False] * 5 + [True] * 5 and (batch.labels[5:] == -100).all() and (batch.labels[:5] != -100).any()
+    assert batch.without_targets().left_out is None
+
+
 # --- Pairs ---
 
 PAD, START = 99, 98
