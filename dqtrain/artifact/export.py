@@ -108,9 +108,9 @@ def _published(run: RunDir, target: Target) -> Iterator[Path]:
         ) from None
 
 
-def _figures(model: PreTrainedModel, file: Path, found: dict[str, Any]) -> dict[str, Any]:
-    size = file.stat().st_size
-    return {"path": str(file.parent), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": found}
+def _figures(model: PreTrainedModel, folder: Path, weights: str, found: dict[str, Any]) -> dict[str, Any]:
+    size = sum(file.stat().st_size for file in folder.glob(weights))
+    return {"path": str(folder), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": found}
 
 
 def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig
         name_in_config(partial)
         found = parity.verify(model, partial)
         write_text(partial / "parity.json", json.dumps(found, indent=1))
-    return _figures(model, run.artifact("packed") / "model.safetensors", found)
+    return _figures(model, run.artifact("packed"), "*.safetensors", found)
 
 
 def _hf(run: RunDir, model: PreTrainedModel) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _hf(run: RunDir, model: PreTrainedModel) -> dict[str, Any]:
         source.save_pretrained(partial, state_dict={name: served.get(names[0], tensor) for names, tensor in by_names(source) for name in names})
         found = parity.verify(model, partial, plain)
         write_text(partial / "parity.json", json.dumps(found, indent=1))
-    return _figures(model, run.artifact("hf") / "model.safetensors", found)
+    return _figures(model, run.artifact("hf"), "*.safetensors", found)
 
 
 def _gguf(run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _gguf(run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStrea
         write_gguf(made, packed, file)
         found = parity.verify_gguf(model, packed, file, made, held_out, asked.allow_inexact)
         write_text(partial / "parity.json", json.dumps(found, indent=1))
-    return _figures(model, run.artifact("gguf") / "model.gguf", found)
+    return _figures(model, run.artifact("gguf"), "*.gguf", found)
 
 
 def _copy_student(run: RunDir, folder: Path) -> None:

@@ -111,13 +111,15 @@ def _samples(held_out: AnyStream | None, config: Any) -> list[_Sample]:
         batch = held_out.batch(np.array([number]))
         labels = torch.from_numpy(batch.labels[0])
         targets = (labels != IGNORED).nonzero()[:NUM_TOKENS]
+        if not len(targets):  # a part of a chat in which the assistant says nothing
+            continue
         end = int(targets.max()) + 1
         source = None if batch.source_ids is None or batch.source_is_real is None else torch.from_numpy(batch.source_ids[0][batch.source_is_real[0]])
         samples.append(_Sample(torch.from_numpy(batch.input_ids[0])[:end], labels[:end], source))
         num_targets += int(samples[-1].is_target.sum())
         if num_targets >= NUM_TOKENS:
             break
-    return samples
+    return samples or _samples(None, config)
 
 
 def _with_8_bit_inputs(packed: Path, about: dict[str, Any]) -> PreTrainedModel:
