@@ -129,6 +129,7 @@ def test_released_pages_are_out_of_memory_and_come_back(tmp_path):
 TRAIN = "{steps: 8, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.01}"
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_and_goes_on_bit_for_bit(make_run, tmp_path):
     in_memory = make_run("memory", train=TRAIN, zero="{student: 3, teacher: 3, offload_optimizer: cpu, offload_parameters: cpu}")
     assert in_memory.train()[0] == 0

@@ -85,6 +85,7 @@ def test_hidden_states_of_two_ranks_train_as_the_teacher_itself(make, tmp_path):
     assert run.log() == theirs and {"logits", "contrast"} <= theirs[0].keys()
 
 
+@pytest.mark.slow
 def test_one_rank_needs_no_teacher_but_the_right_store(make, world, tmp_path):
     """Bit for bit the log of an online run, test scores but the teacher's; the words of another teacher are refused before the first step."""
     data = f"{{train: {world}/train.jsonl, test: {world}/test.jsonl, tokens_per_sample: 16, shards: {tmp_path}/shards}}"

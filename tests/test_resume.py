@@ -56,7 +56,7 @@ def test_uninterrupted_run_is_whole(uninterrupted):
     assert (uninterrupted.path / "rank-0001.log").read_text().count("Traceback") == 0
 
 
-@pytest.mark.parametrize("which", ["one rank, SIGUSR1", "Ctrl-C", pytest.param("the stop file", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", [pytest.param("one rank, SIGUSR1", marks=pytest.mark.slow), "Ctrl-C", pytest.param("the stop file", marks=pytest.mark.slow)])
 def test_announced_stop_saves_and_continues_bit_for_bit(uninterrupted, make_run, which):
     run = make_run(train=LONG)
     process = run.start("train", str(run.config), "--ranks", "2")
@@ -121,6 +121,7 @@ def test_resume_on_other_ranks_and_stage_reads_the_same_samples(uninterrupted, m
             assert ours[name] == pytest.approx(value, rel=2e-5 if name != "gradient_norm" else 1e-3), (ours["step"], name)
 
 
+@pytest.mark.slow
 def test_killed_on_two_ranks_in_mid_epoch_it_reads_the_same_samples_on_one_and_on_three(world, make_run):
     # A mixture that changes on the way; the second source, 30 lines, goes through several epochs.
     sources = f"[{{path: {world}/train.jsonl, weight: 0.7}}, {{path: {world}/validation.jsonl, weight: 0.3}}]"
@@ -152,6 +153,7 @@ def test_killed_on_two_ranks_in_mid_epoch_it_reads_the_same_samples_on_one_and_o
 ROUNDED = "{steps: 12, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, precision: bf16_weights}"
 
 
+@pytest.mark.slow
 def test_a_run_with_bf16_weights_is_partitioned_then_resumed_alone_and_exported(make_run):
     quant = "{linears: {bits: 2, granularity: per_tensor}, embeddings: {bits: 2, granularity: per_row}, positions: null, activations: {bits: 8}}"
     run = make_run(train=ROUNDED, quant=quant)

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import pytest
 from conftest import prepare_one
 
 
+@pytest.mark.slow
 def test_a_run_reads_shards_at_an_address_and_leaves_a_damaged_one_out(world, make_run, tmp_path):
     folder = prepare_one(str(world / "train.jsonl"), "train", world / "tokenizer", tmp_path / "here", tokens_per_shard=1000)
     store = shutil.copytree(folder, tmp_path / "store")
