@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -22,6 +24,13 @@ def prepare_one(source, split: str, tokenizer: Path, root: Path, *, pairs=None, 
     data = Data(**{"train": (), split: source}, pairs=pairs, samples=samples, tokens_per_sample=None if pairs else 16)
     [folder] = prepare(data, split, tokenizer, root, **how)
     return folder
+
+
+def kill(*pids: int) -> None:
+    """SIGKILL to processes, of which each may end as soon as another one has."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 WORDS = "the a cat dog bird sees finds eats red small old house tree river and then slowly under over".split()

@@ -10,11 +10,11 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import suppress
 
 import hypothesis
 import pytest
 import torch
+from conftest import kill
 from engine_worker import DROPOUT, MAPS, float_model, start_ranks, student_model
 from families import cut_copy
 from hypothesis import strategies
@@ -666,9 +666,7 @@ def test_killed_at_any_moment_it_leaves_no_broken_checkpoint_and_repeats_no_numb
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.3))
-        for pid in run.rank_pids().values():
-            with suppress(ProcessLookupError):  # the launcher was faster, once the first one had died
-                os.kill(pid, 9)
+        kill(*run.rank_pids().values())
         output = process.communicate(timeout=120)[0]
         assert process.returncode not in (0, 2, 3, 4, 5, 75), output
         print(f"kill {number + 1} of {KILLS} at {visible(run)[-1].name}", flush=True)

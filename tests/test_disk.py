@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import kill
 from engine_worker import DROPOUT, start_ranks
 from safetensors.torch import load_file
 
@@ -140,8 +140,7 @@ def test_a_killed_run_leaves_nothing_and_goes_on_bit_for_bit(make_run, tmp_path)
     nvme.mkdir()
     process = run.start("train", str(run.config), "--ranks", "2")
     run.wait_for_step(4, process)
-    for pid in run.rank_pids().values():
-        os.kill(pid, signal.SIGKILL)
+    kill(*run.rank_pids().values())
     process.communicate(timeout=120)
     assert list(nvme.iterdir()) == []
     code, output = run.dqtrain("resume", str(run.path))

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from conftest import kill
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -134,8 +135,7 @@ def test_killed_on_two_ranks_in_mid_epoch_it_reads_the_same_samples_on_one_and_o
     for ranks, step in ((2, 5), (1, 14)):
         process = run.start("train", str(run.config), "zero.student=1", "--ranks", str(ranks))
         run.wait_for_step(step, process)
-        for pid in run.rank_pids().values():
-            os.kill(pid, signal.SIGKILL)
+        kill(*run.rank_pids().values())
         process.communicate(timeout=120)
     code, output = run.train("zero.student=1", ranks=3)
     assert code == 0, output

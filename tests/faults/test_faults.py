@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Run, config_text, write_corpus
+from conftest import Run, config_text, kill, write_corpus
 
 from dqtrain import checkpoint
 from dqtrain.cli import main
@@ -71,11 +71,6 @@ class Chain:
         lefts = (json.loads(path.read_text()) for path in self.run.path.glob("exits/rank-*.json"))
         exits = {left["rank"]: left for left in lefts if left["time_ns"] >= since}
         self.ended[name] = Ended(process.returncode, output, time.time_ns(), self.steps(), exits)
-
-
-def kill(*pids: int) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
 
 
 def flip(path: Path, position: int) -> None:

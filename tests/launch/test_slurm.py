@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from cluster import SLOW_S, Cluster, Job, container, running, until
-from conftest import Run, config_text
+from conftest import Run, config_text, kill
 
 SITE = {"gpus_per_node": 0, "time": "0:30:00", "interface": "eth0", "grace_s": 60, "exclude_hours": 1, "max_restarts": 2}
 LONG = "{steps: 30, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.01}"
@@ -432,8 +432,7 @@ def test_two_jobs_for_one_run(make_job, whole: Run, cluster: Cluster) -> None:
     assert refused["job"] == second and f"Slurm job {first}" in refused["why"]
     # The first dies without a word, and the next takes over, though its heartbeat is fresh.
     reached = run.last_step()
-    for pid in (*run.processes("launch.supervisor"), *run.processes("launch.task")):
-        os.kill(pid, signal.SIGKILL)
+    kill(*run.processes("launch.supervisor"), *run.processes("launch.task"))
     run.until(lambda: run.state(first) not in ("RUNNING", "COMPLETING"))
     assert (run.path / "owner.json").exists()
     third = cluster.run(*again).strip()
