@@ -583,7 +583,7 @@ def _look(args: argparse.Namespace) -> int:
             print("".join(f"not looked at, since it was not prepared here: {folder}\n" for folder, _ in both if folder not in dict(found)), end="")
         missing = [str(folder) for folder, _ in found if not (folder / INDEX).is_file()]
         if missing:
-            raise DataError(f"{missing[0]} is not prepared{f', nor are {len(missing) - 1} others' * (len(missing) > 1)}. Run dqtrain prepare {args.path}.")
+            raise DataError(f"{len(missing)} of {len(found)} folders are not prepared, first {missing[0]}. Run dqtrain prepare {args.path}.")
     else:
         found = [(folder, None) for folder in prepared_folders(args.path)]
     if args.what == "info":
