@@ -603,11 +603,11 @@ def _export(run: RunDir, to: Sequence[str] | None, gguf: str | None, allow_inexa
     if to is not None:
         asked = asked.model_copy(update={"targets": _targets(to)})
     asked = asked.model_copy(update=({"gguf": gguf} if gguf else {}) | ({"allow_inexact": True} if allow_inexact else {}))
-    from dqtrain.artifact.export import export
+    from dqtrain.artifact.export import RUNTIMES, export
     from dqtrain.artifact.load import chosen_checkpoint
     from dqtrain.build import held_out_text
 
-    held_out = held_out_text(run) if "gguf" in (asked.targets or ()) else None
+    held_out = held_out_text(run) if RUNTIMES.keys() & set(asked.targets or ()) else None
     print(json.dumps(export(run, chosen_checkpoint(run), asked, held_out), indent=1))
     return 0
 

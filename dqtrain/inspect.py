@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from dqtrain.artifact.export_gguf import describe_gguf
+from dqtrain.artifact.export import RUNTIMES
 from dqtrain.artifact.size import MIB, FloatPart, artifact_bytes, export_about, float_part, num_elements, paper_bytes
 from dqtrain.config import ActivationQuant, Bits, Export, Quant, WeightQuant, load_config
 from dqtrain.data.prepare import tokenizer_files
@@ -466,11 +466,12 @@ def inspect(
 
 def targets(source: Source, columns: list[Column], asked: Export) -> dict[str, list[str]]:
     """What the other targets of a config hold of each way: by its label, one line for each thing to know. Raises ConfigError for a model that one does not run."""
-    if "gguf" not in (asked.targets or ()):
-        return {}
-    config, fastest = source.model.config, asked.gguf == "fastest"
     shapes = {column.label: [t.shape for t in column.floats.tensors if not is_learned_scale(t.name)] for column in columns}
-    return {column.label: describe_gguf(config, column.coverage, shapes[column.label], fastest) for column in columns}
+    found: dict[str, list[str]] = {column.label: [] for column in columns}
+    for target in [target for target in asked.targets or () if target in RUNTIMES]:
+        for column in columns:
+            found[column.label] += RUNTIMES[target].describe(source.model.config, column.coverage, shapes[column.label], asked)
+    return {label: lines for label, lines in found.items() if lines}
 
 
 def _figures(source: Source, columns: list[Column], asked: Export) -> Iterator[tuple[str, Any]]:

@@ -2,19 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.export_gguf import GgufModel, gguf_package, notes, placements, refusal, write_gguf
-from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
-from dqtrain.artifact.llama_cpp import require_runtime
+from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.load import load_artifact, trained_model
 from dqtrain.artifact.pretrained import name_in_config
+from dqtrain.artifact.target import RuntimeTarget
 from dqtrain.config import Export, RunConfig, Target
 from dqtrain.data.stream import AnyStream
 from dqtrain.errors import CheckpointError, ConfigError
@@ -22,6 +21,18 @@ from dqtrain.files import sync_path, write_text
 from dqtrain.models import by_names, read_model_config
 from dqtrain.quant.modules import Coverage, float_bytes, served_parameters
 from dqtrain.rundir import RunDir
+
+
+class Runtime(NamedTuple):
+    """What makes a target of another program."""
+
+    check: Callable[[PretrainedConfig, Coverage, Path, Export], list[str]]  # model, coverage, tokenizer -> what to know, a line each; or ConfigError
+    describe: Callable[[PretrainedConfig, Coverage, Sequence[tuple[int, ...]], Export], list[str]]  # model, coverage, shapes of floats -> lines for people
+    target: Callable[[format.PackedTensors, PretrainedConfig, Export], RuntimeTarget]
+
+
+RUNTIMES: dict[Target, Runtime] = {"gguf": Runtime(check_gguf, describe_gguf, GgufTarget)}
+"""Targets that a program of its own runs, each proven in it (`parity.verify_target`)."""
 
 
 def export(run: RunDir, folder: Path, asked: Export | None = None, held_out: AnyStream | None = None) -> dict[str, Any]:
@@ -41,8 +52,8 @@ def export(run: RunDir, folder: Path, asked: Export | None = None, held_out: Any
     if first in targets or not _is_packed(run, folder):
         results[first] = _hf(run, model) if config.quant is None else _packed(run, model, folder, config)
     for target in targets:
-        if target == "gguf":
-            results[target] = _gguf(run, model, asked, held_out) | {"notes": about}
+        if target in RUNTIMES:
+            results[target] = _for_runtime(target, run, model, asked, held_out) | {"notes": about[target]}
         elif target not in results:
             results[target] = _hf(run, model)
     last = targets[0] if first not in results else first
@@ -58,18 +69,14 @@ def targets_of(config: RunConfig, asked: Export) -> tuple[Target, ...]:
     return asked.targets or ("hf" if config.quant is None else "packed",)
 
 
-def check_targets(config: RunConfig, asked: Export, model: PretrainedConfig, coverage: Coverage | None, tokenizer: Path) -> list[str]:
-    """What a person should know about the targets before training: one line each. Raises ConfigError for one that cannot hold the student as it is trained."""
-    if "gguf" not in targets_of(config, asked):
-        return []
-    assert coverage is not None, "a float student has no such target"
-    gguf, found = gguf_package(), placements(model, coverage, asked.gguf == "fastest")
-    require_runtime()
-    tokenizer_fields(tokenizer, model, gguf.GGUFWriter(None, "check"))
-    refused = refusal(found)
-    if refused is not None and not asked.allow_inexact:
-        raise ConfigError(refused)
-    return [f"gguf: {line}" for line in notes(found)]
+def check_targets(config: RunConfig, asked: Export, model: PretrainedConfig, coverage: Coverage | None, tokenizer: Path) -> dict[Target, list[str]]:
+    """What a person should know about targets before training: lines by target. Raises ConfigError for one that cannot hold the student as it is trained."""
+    found = {}
+    for target in targets_of(config, asked):
+        if target in RUNTIMES:
+            assert coverage is not None, "a float student has no such target"
+            found[target] = RUNTIMES[target].check(model, coverage, tokenizer, asked)
+    return found
 
 
 def _coverage(run: RunDir) -> Coverage:
@@ -108,9 +115,12 @@ def _published(run: RunDir, target: Target) -> Iterator[Path]:
         ) from None
 
 
-def _figures(model: PreTrainedModel, folder: Path, weights: str, found: dict[str, Any]) -> dict[str, Any]:
-    size = sum(file.stat().st_size for file in folder.glob(weights))
+def _figures(model: PreTrainedModel, folder: Path, size: int, found: dict[str, Any]) -> dict[str, Any]:
     return {"path": str(folder), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": found}
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig
         name_in_config(partial)
         found = parity.verify(model, partial)
         write_text(partial / "parity.json", json.dumps(found, indent=1))
-    return _figures(model, run.artifact("packed"), "*.safetensors", found)
+    return _figures(model, run.artifact("packed"), _weights_bytes(run.artifact("packed")), found)
 
 
 def _hf(run: RunDir, model: PreTrainedModel) -> dict[str, Any]:
@@ -137,18 +147,17 @@ def _hf(run: RunDir, model: PreTrainedModel) -> dict[str, Any]:
         source.save_pretrained(partial, state_dict={name: served.get(names[0], tensor) for names, tensor in by_names(source) for name in names})
         found = parity.verify(model, partial, plain)
         write_text(partial / "parity.json", json.dumps(found, indent=1))
-    return _figures(model, run.artifact("hf"), "*.safetensors", found)
+    return _figures(model, run.artifact("hf"), _weights_bytes(run.artifact("hf")), found)
 
 
-def _gguf(run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None) -> dict[str, Any]:
+def _for_runtime(name: Target, run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None) -> dict[str, Any]:
     packed = run.artifact("packed")
-    with _published(run, "gguf") as partial, format.PackedTensors(packed, format.read_description(packed)) as tensors:
-        file = partial / "model.gguf"
-        made = GgufModel(tensors, model.config, asked.gguf == "fastest")
-        write_gguf(made, packed, file)
-        found = parity.verify_gguf(model, packed, file, made, held_out, asked.allow_inexact)
+    with _published(run, name) as partial, format.PackedTensors(packed, format.read_description(packed)) as tensors:
+        target = RUNTIMES[name].target(tensors, model.config, asked)
+        target.write(partial)
+        found = parity.verify_target(model, packed, partial, target, held_out, asked.allow_inexact)
         write_text(partial / "parity.json", json.dumps(found, indent=1))
-    return _figures(model, run.artifact("gguf"), "*.gguf", found)
+    return _figures(model, run.artifact(name), found["bytes"]["file"], found)
 
 
 def _copy_student(run: RunDir, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The codes of a packed artifact as a GGUF file, which llama.cpp runs: GPT-2, Llama and Mistral, Qwen 2 and 3, T5.
 
     model.gguf     blocks of ggml's types for what is quantized (`ggml_blocks`), F32 for the rest; the tokenizer; the model's settings
-    parity.json    what `parity.verify_gguf` found before the file was published
+    parity.json    what `parity.verify_target` found before the file was published
 
 Floats are never quantized here: each block is made of the codes and scales that training used. Of the names that llama.cpp gives to tensors
 `gguf.get_tensor_name_map` knows all. What differs from transformers: matrices are [outputs, inputs] throughout, rotary heads of Llama have
@@ -11,8 +11,9 @@ does not have, is multiplied into the last norm.
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dqtrain.artifact.format import PackedTensors
 from dqtrain.artifact.ggml_blocks import Fit, as_tensor, fit, num_bytes, pack, rows_of, value
+from dqtrain.artifact.gguf_family import family
 from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
+from dqtrain.artifact.llama_cpp import LlamaCpp, require_runtime
+from dqtrain.config import Export, Target
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.quant.modules import Coverage, is_learned_scale
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "t5")
 ALIGNMENT = 32
+FILE = "model.gguf"
 
 
 def gguf_package() -> Any:
@@ -41,118 +44,6 @@ def gguf_package() -> Any:
             "the gguf target needs the Python package gguf, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'"
         ) from None
     return gguf
-
-
-@dataclass(frozen=True)
-class Family:
-    """What llama.cpp must know of a model, and what it wants otherwise than transformers."""
-
-    arch: str
-    num_layers: int
-    settings: dict[str, int | float | str]  # keys below `arch`
-    interleaved: dict[str, int] = field(default_factory=dict)  # end of a module's name -> heads whose rotary halves are interleaved
-    transposed: tuple[str, ...] = ()  # ends of the names of Conv1D modules
-    factors: dict[str, float] = field(default_factory=dict)  # name -> what a vector is multiplied by
-    extra: dict[str, Tensor] = field(default_factory=dict)  # tensors that transformers computes: llama.cpp's name -> fp32
-    float_kinds: tuple[str, ...] = ()  # kinds of weights that stay F32, few as they are
-
-
-def family(config: PretrainedConfig) -> Family:
-    """What `config` is to llama.cpp. Raises ConfigError for a model that it cannot run as transformers does."""
-    kind = config.model_type
-    if kind not in FAMILIES:
-        raise ConfigError(f"the gguf target runs {', '.join(FAMILIES)}, and this model is {kind}. Use the target packed, or hf.")
-    return _gpt2(config) if kind == "gpt2" else _t5(config) if kind == "t5" else _rotary(config)
-
-
-def _require(config: PretrainedConfig, expected: dict[str, tuple[Any, ...]]) -> None:
-    for name, values in expected.items():
-        found = getattr(config, name, values[0])
-        if found not in values:
-            raise ConfigError(
-                f"the gguf target: {name} of this {config.model_type} is {found}, but llama.cpp computes {values[0]}. Use the target packed, or hf."
-            )
-
-
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-
-
-def _gpt2(config: Any) -> Family:
-    _require(
-        config, {"activation_function": _TANH_GELU, "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
-    )
-    settings = {
-        "context_length": config.n_positions,
-        "embedding_length": config.n_embd,
-        "feed_forward_length": config.n_inner or 4 * config.n_embd,
-        "attention.head_count": config.n_head,
-        "attention.layer_norm_epsilon": config.layer_norm_epsilon,
-    }
-    return Family("gpt2", config.n_layer, settings, transposed=("c_attn", "c_proj", "c_fc"))
-
-
-def _rotary(config: Any) -> Family:
-    arch = "llama" if config.model_type == "mistral" else config.model_type
-    _require(config, {"hidden_act": ("silu", "swish")})
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and window < config.max_position_embeddings:
-        raise ConfigError(
-            f"the gguf target: sliding_window of this {config.model_type} is {window}, but llama.cpp looks at all positions. Use the target packed, or hf."
-        )
-    rope = config.rope_parameters or {}
-    _require_rope(config, rope.get("rope_type", "default"))
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    settings = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head,
-        "attention.value_length": head,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": head,
-        "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
-        "vocab_size": config.vocab_size,
-    }
-    extra = {}
-    if rope.get("rope_type", "default") == "llama3":
-        base = 1.0 / settings["rope.freq_base"] ** (torch.arange(0, head, 2, dtype=torch.int64).float() / head)
-        extra["rope_freqs.weight"] = base / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
-    interleaved = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if arch == "llama" else {}
-    return Family(arch, config.num_hidden_layers, settings, interleaved, extra=extra)
-
-
-def _require_rope(config: PretrainedConfig, kind: str) -> None:
-    known = ("default", "llama3") if config.model_type in ("llama", "mistral") else ("default",)
-    if kind not in known:
-        raise ConfigError(
-            f"the gguf target: rope_type of this {config.model_type} is {kind}, but dqtrain writes {' and '.join(known)}. Use the target packed, or hf."
-        )
-
-
-def _t5(config: Any) -> Family:
-    _require(config, {"feed_forward_proj": ("relu", "gated-gelu"), "relative_attention_max_distance": (128,)})
-    if config.num_decoder_layers > config.num_layers:
-        raise ConfigError(
-            f"the gguf target: this t5 has {config.num_layers} encoder layers and {config.num_decoder_layers} of its decoder, "
-            "but llama.cpp has no room for a deeper decoder. Use the target packed, or hf."
-        )
-    settings = {
-        "context_length": getattr(config, "n_positions", 512),
-        "embedding_length": config.d_model,
-        "feed_forward_length": config.d_ff,
-        "decoder_block_count": config.num_decoder_layers,
-        "attention.head_count": config.num_heads,
-        "attention.key_length": config.d_kv,
-        "attention.value_length": config.d_kv,
-        "attention.layer_norm_epsilon": config.layer_norm_epsilon,
-        "attention.layer_norm_rms_epsilon": config.layer_norm_epsilon,
-        "attention.relative_buckets_count": config.relative_attention_num_buckets,
-        "decoder_start_token_id": config.decoder_start_token_id,
-    }
-    factors = {"decoder.final_layer_norm.weight": config.d_model**-0.5} if config.scale_decoder_outputs else {}
-    return Family("t5", config.num_layers, settings, factors=factors, float_kinds=("positions",))
 
 
 @functools.cache
@@ -214,8 +105,20 @@ def _names(found: list[Placement]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-def describe_gguf(config: PretrainedConfig, coverage: Coverage, float_shapes: list[tuple[int, ...]], fastest: bool = False) -> list[str]:
+def check_gguf(config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
+    """What a person should know of the file before training, one line each. Raises ConfigError for what it cannot hold and for what is not installed."""
+    gguf, found = gguf_package(), placements(config, coverage, asked.gguf == "fastest")
+    require_runtime()
+    tokenizer_fields(tokenizer, config, gguf.GGUFWriter(None, "check"))
+    refused = refusal(found)
+    if refused is not None and not asked.allow_inexact:
+        raise ConfigError(refused)
+    return [f"gguf: {line}" for line in notes(found)]
+
+
+def describe_gguf(config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
     """What a GGUF file of a student would hold, before there is one: types and bytes, reasons, and what it cannot hold. Raises ConfigError as `placements`."""
+    fastest = asked.gguf == "fastest"
     found = placements(config, coverage, fastest)
     counts = Counter(place.fit.type for place in found)
     size = tensor_bytes(config, coverage, float_shapes, fastest)
@@ -228,7 +131,7 @@ def describe_gguf(config: PretrainedConfig, coverage: Coverage, float_shapes: li
     ]
 
 
-def tensor_bytes(config: PretrainedConfig, coverage: Coverage, float_shapes: list[tuple[int, ...]], fastest: bool = False) -> int:
+def tensor_bytes(config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], fastest: bool = False) -> int:
     """Bytes of the file's tensors, each filled up to 32: from shapes alone, before there are weights. `float_shapes`: those of all that is not quantized."""
     sizes = [num_bytes(place.fit.type, place.shape) for place in placements(config, coverage, fastest)]
     sizes += [num_bytes("F32", shape) for shape in float_shapes]
@@ -246,13 +149,64 @@ class _Stored:
     shape: tuple[int, ...]
 
 
-class GgufModel:
-    """A packed artifact as llama.cpp is to see it, one tensor at a time."""
+class GgufTarget:
+    """A packed artifact as llama.cpp is to have it (`target.RuntimeTarget`), one tensor at a time. Raises ConfigError for a model that it does not run."""
 
-    def __init__(self, packed: PackedTensors, config: PretrainedConfig, fastest: bool = False) -> None:
-        self.packed, self.config, self.family, self.fastest = packed, config, family(config), fastest
-        self.coverage = packed.coverage
-        self.placed = {place.name: place for place in placements(config, self.coverage, fastest)}
+    name: Target = "gguf"
+    program = "llama.cpp"
+    tolerance = 1e-3  # its GELU is a table of fp16 values
+
+    def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None:
+        self.packed, self.config, self.family, self.fastest = packed, config, family(config), asked.gguf == "fastest"
+        self.placed = {place.name: place for place in placements(config, packed.coverage, self.fastest)}
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Types of blocks."""
+        return {name: place.fit.type for name, place in self.placed.items()}
+
+    def rounds_scales(self, name: str) -> bool:
+        """Whether a weight's scales are fp32, which blocks do not hold."""
+        return name in self.placed and self.placed[name].fit.rounds_scales
+
+    def write(self, folder: Path) -> None:
+        """Write the file into a folder. Raises ConfigError for a tensor or tokenizer that llama.cpp does not have, OSError."""
+        self._write(folder / FILE)
+
+    def values(self, folder: Path) -> dict[str, Callable[[], Tensor]]:
+        """Functions that give each parameter as ggml's own dequantizer reads it."""
+        read = read_values(folder / FILE)
+        return {stored.ours: functools.partial(self._read, stored, read[stored.name]) for stored in self.tensors() if stored.name in read}
+
+    @contextmanager
+    def encoder_of_text(self, folder: Path, longest: int) -> Iterator[Callable[[str], list[int]]]:
+        """llama.cpp's tokenizer."""
+        with LlamaCpp(folder / FILE, longest=longest) as runtime:
+            yield runtime.encode
+
+    @contextmanager
+    def with_float_activations(self, folder: Path, longest: int) -> Iterator[LlamaCpp]:
+        """llama.cpp, whose low-bit kernels always quantize activations, on a larger file of the same values as F32, which is there for so long."""
+        as_floats = folder / f".float-{FILE}"
+        try:
+            self._write(as_floats, values_of=folder / FILE)
+            with LlamaCpp(as_floats, exact_cache=True, longest=longest) as runtime:
+                yield runtime
+        finally:
+            as_floats.unlink(missing_ok=True)
+
+    def as_shipped(self, folder: Path, longest: int) -> LlamaCpp:
+        """llama.cpp on the file."""
+        return LlamaCpp(folder / FILE, longest=longest)
+
+    def foretold_bytes(self, float_shapes: Sequence[tuple[int, ...]]) -> int:
+        """As `tensor_bytes`."""
+        return tensor_bytes(self.config, self.packed.coverage, float_shapes, self.fastest)
+
+    def stored_bytes(self, folder: Path) -> dict[str, int]:
+        """Bytes of the file, of its tensors, and of what is in front of them."""
+        size, start = (folder / FILE).stat().st_size, int(gguf_package().GGUFReader(folder / FILE).data_offset)
+        return {"file": size, "tensors": size - start, "tokenizer_and_settings": start}
 
     def tensors(self) -> Iterator[_Stored]:
         """What the file holds, in its order. Raises ConfigError for a tensor that llama.cpp does not know."""
@@ -271,8 +225,8 @@ class GgufModel:
         for name, tensor in self.family.extra.items():
             yield _Stored(name, name, "F32", tuple(tensor.shape))
 
-    def data(self, stored: _Stored, as_float: bool = False) -> np.ndarray:
-        """What the file holds of one tensor: bytes [rows, bytes], or fp32 where its type is F32 or all is asked `as_float`."""
+    def data(self, stored: _Stored) -> np.ndarray:
+        """What the file holds of one tensor: bytes [rows, bytes], or fp32 where its type is F32."""
         ours = stored.ours
         if ours in self.family.extra:
             return self.family.extra[ours].float().numpy()
@@ -282,17 +236,17 @@ class GgufModel:
             return np.ascontiguousarray(self._reordered(ours, matrix.numpy()))
         codes = self.packed.codes(ours)
         rows = rows_of(codes.codes, codes.scale, codes.zero_point, codes.quantizer)
-        if stored.type == "F32" or as_float:
+        if stored.type == "F32":
             return np.ascontiguousarray(self._reordered(ours, value(rows)))
         with np.errstate(over="ignore"):
             if not np.isfinite(rows.unit.astype(np.float16)).all():
                 raise ConfigError(f"the gguf target: a scale of {ours} is {rows.unit.max():.3g}, more than fp16 holds. Train with quant.scale_dtype portable.")
         return self._reordered(ours, pack(rows, stored.type))
 
-    def ours(self, stored: _Stored, matrix: np.ndarray) -> Tensor:
-        """What was read back, fp32 as llama.cpp has it, as transformers has it."""
+    def _read(self, stored: _Stored, read: Callable[[], np.ndarray]) -> Tensor:
+        """What ggml reads, as transformers has it."""
         ours = stored.ours
-        matrix = self._reordered(ours, matrix, back=True)
+        matrix = self._reordered(ours, read(), back=True)
         if ours in self.placed:
             return as_tensor(matrix, self.packed.quantized[ours])
         tensor = torch.from_numpy(matrix)
@@ -301,6 +255,38 @@ class GgufModel:
     def factor(self, name: str) -> float:
         """What a float vector is multiplied by in the file."""
         return self.family.factors.get(name, 1.0)
+
+    def _write(self, path: Path, values_of: Path | None = None) -> None:
+        """Write a file, tensor by tensor; of the values that ggml reads out of another one, as F32, with `values_of`."""
+        gguf = gguf_package()
+        wants = self.family
+        writer = gguf.GGUFWriter(path, wants.arch)
+        writer.add_block_count(wants.num_layers)
+        for key, found in wants.settings.items():
+            add = writer.add_float32 if isinstance(found, float) else writer.add_uint32
+            add(f"{wants.arch}.{key}", found)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        stored = list(self.tensors())
+        types = [s.type for s in stored if s.type != "F32"]
+        common = max(set(types), key=types.count) if types and values_of is None else "F32"
+        writer.add_file_type(_FILE_TYPES[common])
+        tokenizer_fields(self.packed.folder, self.config, writer)
+        if values_of is not None:
+            stored = [_Stored(s.name, s.ours, "F32", s.shape) for s in stored]
+        for tensor in stored:
+            raw = None if tensor.type == "F32" else gguf.GGMLQuantizationType[tensor.type]
+            size = num_bytes(tensor.type, tensor.shape)
+            if raw is None:
+                writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size)
+            else:
+                writer.add_tensor_info(tensor.name, (*tensor.shape[:-1], size // tensor.shape[0]), np.dtype(np.uint8), size, raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        values = read_values(values_of) if values_of is not None else {}
+        for tensor in stored:
+            writer.write_tensor_data(values[tensor.name]() if values_of is not None else self.data(tensor))
+        writer.close()
 
     def _is_transposed(self, name: str) -> bool:
         module, _, key = name.rpartition(".")
@@ -314,52 +300,11 @@ class GgufModel:
         return matrix[np.argsort(order) if back else order]
 
 
-def write_gguf(model: GgufModel, tokenizer: Path, path: Path, as_float: Path | None = None) -> None:
-    """Write a file, tensor by tensor. With `as_float`, a file of the same model: as F32, of the values that ggml reads out of that one.
-
-    Raises ConfigError for a model or tokenizer that llama.cpp does not have, OSError.
-    """
-    gguf = gguf_package()
-    wants = model.family
-    writer = gguf.GGUFWriter(path, wants.arch)
-    writer.add_block_count(wants.num_layers)
-    for key, found in wants.settings.items():
-        add = writer.add_float32 if isinstance(found, float) else writer.add_uint32
-        add(f"{wants.arch}.{key}", found)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    stored = list(model.tensors())
-    types = [s.type for s in stored if s.type != "F32"]
-    common = max(set(types), key=types.count) if types and as_float is None else "F32"
-    writer.add_file_type(_FILE_TYPES[common])
-    tokenizer_fields(tokenizer, model.config, writer)
-    if as_float is not None:
-        stored = [_Stored(s.name, s.ours, "F32", s.shape) for s in stored]
-    for tensor in stored:
-        raw = None if tensor.type == "F32" else gguf.GGMLQuantizationType[tensor.type]
-        size = num_bytes(tensor.type, tensor.shape)
-        if raw is None:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size)
-        else:
-            writer.add_tensor_info(tensor.name, (*tensor.shape[:-1], size // tensor.shape[0]), np.dtype(np.uint8), size, raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    values = read_values(as_float) if as_float is not None else {}
-    for tensor in stored:
-        writer.write_tensor_data(values[tensor.name]() if as_float is not None else model.data(tensor))
-    writer.close()
-
-
 _FILE_TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q3_K": 12, "TQ1_0": 36, "TQ2_0": 37}
 """llama_ftype of llama.h: what a person is shown, and no more."""
 
 
-def data_start(path: Path) -> int:
-    """Bytes in front of a file's tensors: settings, tokenizer and names."""
-    return int(gguf_package().GGUFReader(path).data_offset)
-
-
-def read_values(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Callable[[], np.ndarray]]:
     """Functions that give each tensor of a file in fp32, by ggml's own dequantizer. Raises CheckpointError for a file that cannot be read."""
     gguf = gguf_package()
     try:

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dqtrain.artifact.export_gguf import GgufModel, data_start, read_values, tensor_bytes, write_gguf
 from dqtrain.artifact.format import read_description
-from dqtrain.artifact.llama_cpp import LlamaCpp
 from dqtrain.artifact.load import load_any, load_artifact
 from dqtrain.artifact.size import float_part
+from dqtrain.artifact.target import Runner, RuntimeTarget
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.data.stream import IGNORED, AnyStream
 from dqtrain.errors import CheckpointError
@@ -31,9 +30,6 @@ from dqtrain.quant.modules import Coverage, is_learned_scale, quantize_activatio
 
 LOGITS_TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest logit: the same values through the same kernels, but perhaps at other addresses."""
-
-LLAMA_CPP_TOLERANCE = 1e-3
-"""The same for llama.cpp on fp32 weights: its GELU is a table of fp16 values."""
 
 TIMES_OWN_NOISE = 2.0
 """How far a runtime's own quantization of activations may move logits, in terms of what the student's 8-bit activations do."""
@@ -94,10 +90,10 @@ class _Sample(NamedTuple):
         source = None if self.source is None else self.source[None]
         return model.logits(Inputs(self.ids[None], self.is_target[None], source, None if source is None else torch.ones_like(source, dtype=torch.bool)))
 
-    def through(self, runtime: LlamaCpp, one_by_one: bool = False) -> Tensor:
-        """The runtime's."""
+    def through(self, runner: Runner, one_by_one: bool = False) -> Tensor:
+        """Those of a program."""
         source = None if self.source is None else self.source.tolist()
-        return runtime.logits(self.ids.tolist(), source, one_by_one)[self.is_target]
+        return runner.logits(self.ids.tolist(), source, one_by_one)[self.is_target]
 
 
 def _samples(held_out: AnyStream | None, config: Any) -> list[_Sample]:
@@ -134,35 +130,28 @@ def _with_8_bit_inputs(packed: Path, about: dict[str, Any]) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def verify_gguf(trained: PreTrainedModel, packed: Path, path: Path, model: GgufModel, held_out: AnyStream | None, allow_inexact: bool) -> dict[str, Any]:
-    """Compare a trained model with a GGUF file of its packed artifact: weights, logits on held-out text and size, read and run by llama.cpp; the figures.
+def verify_target(
+    trained: PreTrainedModel, packed: Path, folder: Path, target: RuntimeTarget, held_out: AnyStream | None, allow_inexact: bool
+) -> dict[str, Any]:
+    """Compare a trained model with what a target's folder, made of its packed artifact, is to its program: weights, logits on held-out text, size; the figures.
 
-    Raises CheckpointError for what differs by more than it may. Beside the file a larger one, of the same values as F32, is there for the time of the test.
+    Raises CheckpointError for what differs by more than it may. With `allow_inexact`, rounded scales and noisier activations are figures, not errors.
     """
     about = read_description(packed)
-    figures: dict[str, Any] = {"weights": verify_weights(trained, path, model, allow_inexact)}
+    figures: dict[str, Any] = {"weights": verify_weights(trained, folder, target, allow_inexact)}
     samples = _samples(held_out, trained.config)
     longest = max(max(len(sample.ids), 0 if sample.source is None else len(sample.source)) for sample in samples)
-    figures["tokenizer"] = _verify_tokenizer(path, packed, samples, held_out is not None)
+    figures["tokenizer"] = {"texts": 0} if held_out is None else _verify_tokenizer(folder, packed, target, samples)
     plain, noisy, as_trained = (
         [sample.of(LanguageModel(made)) for sample in samples]
         for made in (load_artifact(packed, mode="dense"), _with_8_bit_inputs(packed, about), load_artifact(packed))
     )
     noise = _relative_l2(noisy, plain)
-    few = samples[: max(1, len(samples) // 8)]
-
-    as_floats = path.with_name(f".float-{path.name}")
-    try:
-        write_gguf(model, packed, as_floats, as_float=path)
-        with LlamaCpp(as_floats, exact_cache=True, longest=longest) as runtime:
-            at_once = [sample.through(runtime) for sample in samples]
-            singly = [sample.through(runtime, one_by_one=True) for sample in few]
-    finally:
-        as_floats.unlink(missing_ok=True)
+    with target.with_float_activations(folder, longest) as runner:
+        at_once, singly = _both_ways(runner, samples)
     figures["float_activations"] = {"relative_logit_difference": _largest(at_once, plain), "one_by_one": _largest(singly, plain)}
-    with LlamaCpp(path, longest=longest) as runtime:
-        at_once = [sample.through(runtime) for sample in samples]
-        singly = [sample.through(runtime, one_by_one=True) for sample in few]
+    with target.as_shipped(folder, longest) as runner:
+        at_once, singly = _both_ways(runner, samples)
     shipped = {
         "target_tokens": sum(len(logits) for logits in plain),
         "held_out_text": held_out is not None,
@@ -178,70 +167,77 @@ def verify_gguf(trained: PreTrainedModel, packed: Path, path: Path, model: GgufM
     figures["as_shipped"] = shipped
     rounded = figures["weights"]["largest_relative_difference"] > 0  # as was allowed
     for name, found in figures["float_activations"].items():
-        if not found <= LLAMA_CPP_TOLERANCE and not rounded:
+        if not found <= target.tolerance and not rounded:
             raise CheckpointError(
-                f"{path}: llama.cpp computes other logits of these weights ({name} {found:.1e} of the largest, more than {LLAMA_CPP_TOLERANCE:.0e}). "
-                "Leave gguf out of the targets, and report this as a bug."
+                f"{folder}: {target.program} computes other logits of these weights ({name} {found:.1e} of the largest, more than {target.tolerance:.0e}). "
+                f"Leave {target.name} out of the targets, and report this as a bug."
             )
     for name in ("relative_l2", "relative_l2_one_by_one"):
         if not shipped[name] <= TIMES_OWN_NOISE * noise and not allow_inexact:
             raise CheckpointError(
-                f"{path}: llama.cpp's own 8-bit activations move the logits by {shipped[name]:.1e} ({name}), more than {TIMES_OWN_NOISE:g} times what the student's do, "
-                f"{noise:.1e}. Train with activations of scale block_256, its arithmetic, or allow it: --allow-inexact."
+                f"{folder}: {target.program}'s own 8-bit activations move the logits by {shipped[name]:.1e} ({name}), more than {TIMES_OWN_NOISE:g} times what the "
+                f"student's do, {noise:.1e}. Train with activations of scale block_256, as llama.cpp has them, or allow it: --allow-inexact."
             )
-    figures["bytes"] = _verify_size(path, model, trained)
+    figures["bytes"] = _verify_size(folder, target, trained)
     return figures
 
 
-def verify_weights(trained: PreTrainedModel, path: Path, model: GgufModel, allow_inexact: bool = False) -> dict[str, Any]:
-    """Every parameter as ggml reads it against what training computed with."""
-    values, stored = read_values(path), {tensor.ours: tensor for tensor in model.tensors()}
-    largest, num_exact, seen = 0.0, 0, set()
+def _both_ways(runner: Runner, samples: list[_Sample]) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits at the targets of all samples, each in one pass, and of an eighth of them token by token."""
+    return [sample.through(runner) for sample in samples], [sample.through(runner, one_by_one=True) for sample in samples[: max(1, len(samples) // 8)]]
+
+
+def verify_weights(trained: PreTrainedModel, folder: Path, target: RuntimeTarget, allow_inexact: bool = False) -> dict[str, Any]:
+    """Every parameter as the target's own dequantizer reads it against what training computed with."""
+    values = target.values(folder)
+    largest, num_exact, seen = 0.0, 0, 0
     for name, tensor in served_parameters(trained):
         if is_learned_scale(name):
             continue
-        seen.add(name)
-        if name not in stored or stored[name].name not in values:
-            raise CheckpointError(f"{path}: holds no {name}. Report this as a bug.")
-        found, expected = model.ours(stored[name], values[stored[name].name]()), tensor.float() * model.factor(name)
+        seen += 1
+        if name not in values:
+            raise CheckpointError(f"{folder}: holds no {name}. Report this as a bug.")
+        found, expected = values[name](), tensor.float() * target.factor(name)
         if torch.equal(found, expected):
             num_exact += 1
             continue
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         largest = max(largest, difference)
-        if not (allow_inexact and name in model.placed and model.placed[name].fit.rounds_scales and difference <= 2**-11):
-            raise CheckpointError(f"{path}: {name} is not what was trained (largest difference {difference:.1e} of the largest weight). Report this as a bug.")
-    types = Counter(stored[name].type for name in model.placed)
-    return {"tensors": len(seen), "bit_identical": num_exact, "largest_relative_difference": largest, "types": dict(sorted(types.items()))}
+        if not (allow_inexact and target.rounds_scales(name) and difference <= 2**-11):
+            raise CheckpointError(
+                f"{folder}: {name} is not what was trained (largest difference {difference:.1e} of the largest weight). Report this as a bug."
+            )
+    types = Counter(target.types.values())
+    return {"tensors": seen, "bit_identical": num_exact, "largest_relative_difference": largest, "types": dict(sorted(types.items()))}
 
 
-def _verify_tokenizer(path: Path, folder: Path, samples: list[_Sample], is_text: bool) -> dict[str, int]:
-    """Token ids of the held-out texts, by llama.cpp and by transformers."""
-    tokenizer = load_tokenizer(folder)
-    if not is_text:
+def _verify_tokenizer(folder: Path, packed: Path, target: RuntimeTarget, samples: list[_Sample]) -> dict[str, int]:
+    """Token ids of the held-out texts, by the target's program and by transformers."""
+    own = target.encoder_of_text(folder, longest=8)
+    if own is None:
         return {"texts": 0}
-    with LlamaCpp(path, longest=8) as runtime:
+    tokenizer = load_tokenizer(packed)
+    with own as encode:
         for sample in samples:
             for ids in (sample.ids, sample.source) if sample.source is not None else (sample.ids,):
                 text = tokenizer.decode(ids, skip_special_tokens=True)
-                ours, theirs = tokenizer.encode(text, add_special_tokens=False), runtime.encode(text)
+                ours, theirs = tokenizer.encode(text, add_special_tokens=False), encode(text)
                 if ours != theirs:
                     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
                     raise CheckpointError(
-                        f"{path}: llama.cpp makes other tokens than the tokenizer of `{tokenizer.decode(ours[max(0, at - 3) : at + 3])}` "
-                        f"({theirs[at : at + 3]} for {ours[at : at + 3]}). Leave gguf out of the targets, and report this as a bug."
+                        f"{folder}: {target.program} makes other tokens than the tokenizer of `{tokenizer.decode(ours[max(0, at - 3) : at + 3])}` "
+                        f"({theirs[at : at + 3]} for {ours[at : at + 3]}). Leave {target.name} out of the targets, and report this as a bug."
                     )
     return {"texts": len(samples)}
 
 
-def _verify_size(path: Path, model: GgufModel, trained: PreTrainedModel) -> dict[str, int]:
-    """Bytes of the file against those that shapes alone foretell."""
-    shapes = [tensor.shape for tensor in float_part(trained).tensors if not is_learned_scale(tensor.name)]
-    expected = tensor_bytes(trained.config, model.coverage, shapes, model.fastest)
-    size, start = path.stat().st_size, data_start(path)
-    if size - start != expected:
-        raise CheckpointError(f"{path}: its tensors take {size - start} bytes, but {expected} were foretold. Report this as a bug.")
-    return {"file": size, "tensors": expected, "tokenizer_and_settings": start}
+def _verify_size(folder: Path, target: RuntimeTarget, trained: PreTrainedModel) -> dict[str, int]:
+    """Bytes of the files against those that shapes alone foretell."""
+    expected = target.foretold_bytes([tensor.shape for tensor in float_part(trained).tensors if not is_learned_scale(tensor.name)])
+    stored = target.stored_bytes(folder)
+    if stored["tensors"] != expected:
+        raise CheckpointError(f"{folder}: its tensors take {stored['tensors']} bytes, but {expected} were foretold. Report this as a bug.")
+    return stored
 
 
 def _relative_l2(found: list[Tensor], expected: list[Tensor]) -> float:

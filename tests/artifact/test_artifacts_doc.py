@@ -14,9 +14,10 @@ from test_packed import about, settings
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, T5Config
 
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.export_gguf import GgufModel, family, refusal, write_gguf
+from dqtrain.artifact.export_gguf import GgufTarget, refusal
 from dqtrain.artifact.ggml_blocks import as_tensor, fit, pack, rows_of
-from dqtrain.config import BITS_OF_GRID
+from dqtrain.artifact.gguf_family import family
+from dqtrain.config import BITS_OF_GRID, Export
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import ConfigError
 from dqtrain.quant.grid import WeightQuantizer
@@ -84,12 +85,12 @@ def families_table(tokenizer):
                 format.write(model, folder, about(quant, coverage))
                 parity.verify(model, folder)
                 with format.PackedTensors(folder, format.read_description(folder)) as tensors:
-                    target = GgufModel(tensors, model.config)
+                    target = GgufTarget(tensors, model.config, Export())
                     if refusal(list(target.placed.values())):
                         cells.append("refused")
                         continue
-                    write_gguf(target, folder, folder / "model.gguf")
-                    found = parity.verify_weights(model, folder / "model.gguf", target)
+                    target.write(folder)
+                    found = parity.verify_weights(model, folder, target)
                     cells.append(", ".join(found["types"]))
         lines.append(row(grid, bits, "exact", *cells))
     return lines

@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.export_gguf import GgufModel, family, write_gguf
+from dqtrain.artifact.export_gguf import GgufTarget
+from dqtrain.artifact.gguf_family import family
 from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
 from dqtrain.artifact.llama_cpp import LlamaCpp
-from dqtrain.config import Pairs, Quant
+from dqtrain.config import Export, Pairs, Quant
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.data.stream import PairStream, Stream
 from dqtrain.errors import CheckpointError, ConfigError
@@ -211,21 +212,21 @@ def packed_artifact(student, quant, folder, steps=4):
     return model, folder, held_out
 
 
-def to_gguf(made, path, fastest=False, allow_inexact=False, spoil=lambda path: None):
+def to_gguf(made, folder, fastest=False, allow_inexact=False, spoil=lambda path: None):
     """Figures of the file that is made, and spoiled before it is looked at."""
     model, packed, held_out = made
     with format.PackedTensors(packed, format.read_description(packed)) as tensors:
-        target = GgufModel(tensors, model.config, fastest)
-        write_gguf(target, packed, path)
-        spoil(path)
-        return parity.verify_gguf(model, packed, path, target, held_out, allow_inexact)
+        target = GgufTarget(tensors, model.config, Export(gguf="fastest" if fastest else "smallest"))
+        target.write(folder)
+        spoil(folder / "model.gguf")
+        return parity.verify_target(model, packed, folder, target, held_out, allow_inexact)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_llama_cpp_computes_what_was_trained(name, student, tmp_path):
     made = packed_artifact(student(name), QUANT, tmp_path / "packed")
     for fastest in (False, True):
-        found = to_gguf(made, tmp_path / "model.gguf", fastest)
+        found = to_gguf(made, tmp_path, fastest)
         weights, shipped = found["weights"], found["as_shipped"]
         assert weights["bit_identical"] == weights["tensors"] and weights["largest_relative_difference"] == 0.0
         assert weights["types"]["TQ2_0" if fastest else "TQ1_0"] >= 8
@@ -240,12 +241,12 @@ def test_llama_cpp_computes_what_was_trained(name, student, tmp_path):
 def test_activations_as_llama_cpp_computes_them_leave_its_rounding_alone(student, tmp_path):
     """A student of scale block_256 was trained with llama.cpp's own 8 bits: as shipped it is nearer to what was trained than to its float twin."""
     quant = QUANT.model_copy(update={"activations": QUANT.activations.model_copy(update={"scale": "block_256"})})
-    shipped = to_gguf(packed_artifact(student("llama"), quant, tmp_path / "packed"), tmp_path / "model.gguf")["as_shipped"]
+    shipped = to_gguf(packed_artifact(student("llama"), quant, tmp_path / "packed"), tmp_path)["as_shipped"]
     assert shipped["relative_l2_to_trained"] < 0.7 * shipped["relative_l2"]
 
 
 def test_a_student_of_float_activations_is_compared_with_8_bit_noise(student, tmp_path):
-    found = to_gguf(packed_artifact(student("qwen2"), settings(4, 4, activations=None), tmp_path / "packed"), tmp_path / "model.gguf")
+    found = to_gguf(packed_artifact(student("qwen2"), settings(4, 4, activations=None), tmp_path / "packed"), tmp_path)
     assert 0 < found["as_shipped"]["relative_l2"] <= 2 * found["as_shipped"]["own_8_bit_noise"]
     assert found["weights"]["types"] == {"Q4_0": 15}
 
@@ -261,7 +262,7 @@ def test_learned_scales_of_activations_and_floats_of_conv1d(student, tmp_path):
             "float_head": True,
         }
     )
-    found = to_gguf(packed_artifact(student("gpt2"), quant, tmp_path / "packed"), tmp_path / "model.gguf")
+    found = to_gguf(packed_artifact(student("gpt2"), quant, tmp_path / "packed"), tmp_path)
     assert found["weights"]["bit_identical"] == found["weights"]["tensors"] == 29  # the head is one of its own
     assert found["weights"]["types"] == {"Q2_K": 1, "Q4_0": 7}
 
@@ -271,8 +272,8 @@ def test_what_is_inexact_is_refused_or_said(student, tmp_path):
     quant = settings(4, 4, 8, scale_dtype="fp32", overrides=({"match": "*.c_proj.weight", "weights": {"bits": 8, "grid": "affine", "granularity": "per_row"}},))
     made = packed_artifact(student("gpt2"), quant, tmp_path / "packed")
     with pytest.raises(CheckpointError, match=r"is not what was trained"):
-        to_gguf(made, tmp_path / "model.gguf")
-    weights = to_gguf(made, tmp_path / "model.gguf", allow_inexact=True)["weights"]
+        to_gguf(made, tmp_path)
+    weights = to_gguf(made, tmp_path, allow_inexact=True)["weights"]
     assert weights["types"] == {"F32": 4, "Q4_0": 5, "Q8_0": 1}
     assert weights["tensors"] - weights["bit_identical"] <= 6 and 0 < weights["largest_relative_difference"] < 5e-4
 
@@ -286,13 +287,13 @@ def flip_a_bit(path):
 def test_verify_notices_a_flipped_bit(student, tmp_path):
     made = packed_artifact(student("llama"), QUANT, tmp_path / "packed", steps=0)
     with pytest.raises(CheckpointError, match=r"is not what was trained \(largest difference"):
-        to_gguf(made, tmp_path / "model.gguf", spoil=flip_a_bit)
+        to_gguf(made, tmp_path, spoil=flip_a_bit)
 
 
 @pytest.mark.parametrize("cut", [100, -100])
 def test_a_truncated_file_is_refused(cut, student, tmp_path):
     made = packed_artifact(student("llama"), QUANT, tmp_path / "packed", steps=0)
-    to_gguf(made, tmp_path / "model.gguf")
+    to_gguf(made, tmp_path)
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:cut])
     with pytest.raises(CheckpointError, match="llama.cpp does not load it"):
         LlamaCpp(tmp_path / "cut.gguf")
@@ -345,7 +346,7 @@ def test_tokenizers_that_llama_cpp_has_not_are_refused(tokenizer, size, message,
 def test_llama_cpp_makes_the_same_tokens(tokenizer, world, student, tmp_path):
     made = packed_artifact(student({byte_level: "qwen2", sentencepiece: "llama", unigram: "t5"}[tokenizer]), QUANT, tmp_path / "packed", steps=0)
     with format.PackedTensors(made[1], format.read_description(made[1])) as tensors:
-        write_gguf(GgufModel(tensors, made[0].config), made[1], tmp_path / "model.gguf")
+        GgufTarget(tensors, made[0].config, Export()).write(tmp_path)
     ours = load_tokenizer(made[1])
     texts = [*lines(world, "test"), "the  cat   sees", " the", "thecat, dog! 12345 a1b2", "don't we'll", "line\n\n\tnext", "é ☃ 日本", ""]
     if tokenizer is unigram:

@@ -1,0 +1,78 @@
+"""What a program that runs exported students must say and do, so that `parity.verify_target` can hold it to what was trained."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from dqtrain.config import Target
+
+
+class Runner(Protocol):
+    """A program with a student loaded, one sequence at a time."""
+
+    def logits(self, ids: Sequence[int], source: Sequence[int] | None = None, one_by_one: bool = False) -> Tensor:
+        """Logits behind each token of a decoder, fp32 [tokens, vocabulary], in one pass or token `one_by_one`; `source` is what the encoder reads first."""
+        ...
+
+
+class RuntimeTarget(Protocol):
+    """A packed artifact as another program is to have it. Names and layouts of tensors are transformers' wherever no other is said."""
+
+    @property
+    def name(self) -> Target:
+        """As in `export.targets`."""
+        ...
+
+    @property
+    def program(self) -> str:
+        """What a person calls it."""
+        ...
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of logits that its float arithmetic may make, relative to the largest logit."""
+        ...
+
+    @property
+    def types(self) -> Mapping[str, str]:
+        """What holds each quantized weight, in the program's words."""
+        ...
+
+    def write(self, folder: Path) -> None:
+        """Write its files into an existing folder, tensor by tensor, of codes. Raises ConfigError for what it cannot hold, OSError."""
+        ...
+
+    def values(self, folder: Path) -> Mapping[str, Callable[[], Tensor]]:
+        """Functions that give each parameter in fp32, by the program's own dequantizer. Raises CheckpointError for files that cannot be read."""
+        ...
+
+    def factor(self, name: str) -> float:
+        """What a float vector is multiplied by in its files, else 1."""
+        ...
+
+    def rounds_scales(self, name: str) -> bool:
+        """Whether a weight's fp32 scales are rounded there, as was allowed."""
+        ...
+
+    def encoder_of_text(self, folder: Path, longest: int) -> AbstractContextManager[Callable[[str], list[int]]] | None:
+        """The program's own tokenizer, without the tokens that are put around a text; None where it is the one of transformers."""
+        ...
+
+    def with_float_activations(self, folder: Path, longest: int) -> AbstractContextManager[Runner]:
+        """The program on the values that are read back out of the files, in fp32, nothing quantized on the way; sequences of up to `longest` tokens."""
+        ...
+
+    def as_shipped(self, folder: Path, longest: int) -> AbstractContextManager[Runner]:
+        """The program on the files as they are."""
+        ...
+
+    def foretold_bytes(self, float_shapes: Sequence[tuple[int, ...]]) -> int:
+        """Bytes of its tensors from shapes alone; `float_shapes`: those of all that is not quantized."""
+        ...
+
+    def stored_bytes(self, folder: Path) -> dict[str, int]:
+        """Bytes of its files: `file`, all that holds the model, and of that `tensors`, and the rest under a name that says what it is."""
+        ...
