@@ -16,12 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from dqtrain import engine, models, plan
+from dqtrain import engine, models
 from dqtrain.bench import memory as bench
 from dqtrain.config import Quant, RunConfig, load_config, validate
 from dqtrain.distill import chunked
 from dqtrain.errors import ConfigError
 from dqtrain.models import Inputs, LanguageModel
+from dqtrain.plan import GPUS, Memory, cheapest, cost_of, fastest, memory_of, plan
+from dqtrain.plan.cost import NVME_BYTES_PER_S
+from dqtrain.plan.memory import CHUNK_BYTES, DISK_PIECE_ELEMENTS, LIVE_ELEMENTS, PIECE_ELEMENTS, kept_by_layer
+from dqtrain.plan.model import read_model, read_models
 from dqtrain.quant.modules import quantize_model, round_matrices
 
 LLAMA = {
@@ -110,7 +114,7 @@ def directory(folder: Path, **config: Any) -> Path:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_by_arithmetic_are_those_of_transformers(name, tmp_path):
     config = CONFIGS[name]
-    found = plan.read_model(directory(tmp_path / "model", **config))
+    found = read_model(directory(tmp_path / "model", **config))
     assert dict(found.tensors) == shapes_of(meta_model(config))
 
 
@@ -120,7 +124,7 @@ def test_parameters_of_files_are_those_of_the_model(name, shard, tmp_path):
     model = FAMILIES[name]()
     model.save_pretrained(tmp_path / "model", max_shard_size=shard)
     assert (tmp_path / "model" / "model.safetensors.index.json").exists() == (shard == "20KB")
-    found = plan.read_model(tmp_path / "model")
+    found = read_model(tmp_path / "model")
     assert found.elements == sum(p.numel() for p in model.parameters())
     assert found.largest_layer == max(sum(p.numel() for p in block.parameters()) for block in blocks_of(model))
 
@@ -138,7 +142,7 @@ def blocks_of(model: Any) -> list[Any]:
 def test_what_cannot_be_read_is_a_config_error(tmp_path):
     def refused(folder: Path, *words: str) -> None:
         with pytest.raises(ConfigError) as error:
-            plan.read_model(folder)
+            read_model(folder)
         assert all(word in str(error.value) for word in words), error.value
 
     refused(tmp_path, "config.json")
@@ -158,7 +162,7 @@ def test_a_cut_student_has_the_parameters_of_a_model_of_so_many_layers(family, d
     model.save_pretrained(tmp_path / "teacher")
     keys = {"gpt2": ("n_layer",), "llama": ("num_hidden_layers",), "t5": ("num_decoder_layers", "num_layers"), "bart": ()}[family]
     smaller = FAMILIES[family](**dict.fromkeys(keys, 1))
-    student = plan.read_model(tmp_path / "teacher").cut(decoder, encoder)
+    student = read_model(tmp_path / "teacher").cut(decoder, encoder)
     assert student.elements == sum(p.numel() for p in smaller.parameters())
 
 
@@ -166,16 +170,16 @@ def test_layers_that_are_not_there_cannot_be_kept(tmp_path):
     teacher = directory(tmp_path / "teacher", model_type="gpt2", n_layer=2)
     for settings_ in ({"decoder_layers": 3}, {"decoder_layers": [2]}, {"encoder_layers": 1}):
         with pytest.raises(ConfigError, match=next(iter(settings_))):
-            plan.read_models(config_of(tmp_path, teacher, student=settings_))
+            read_models(config_of(tmp_path, teacher, student=settings_))
 
 
 def test_constants_are_those_of_the_engines():
-    assert plan.CHUNK_BYTES == chunked.CHUNK_BYTES
+    assert CHUNK_BYTES == chunked.CHUNK_BYTES
     config = config_of(Path("."), Path("."))
     asked = engine._deepspeed_config(3, config.train, config.zero)["zero_optimization"]
-    assert asked["stage3_max_live_parameters"] == plan.LIVE_ELEMENTS
-    assert {asked[key] for key in ("stage3_prefetch_bucket_size", "reduce_bucket_size", "sub_group_size")} == {plan.PIECE_ELEMENTS}
-    assert engine.DISK_PIECE_ELEMENTS == plan.DISK_PIECE_ELEMENTS
+    assert asked["stage3_max_live_parameters"] == LIVE_ELEMENTS
+    assert {asked[key] for key in ("stage3_prefetch_bucket_size", "reduce_bucket_size", "sub_group_size")} == {PIECE_ELEMENTS}
+    assert engine.DISK_PIECE_ELEMENTS == DISK_PIECE_ELEMENTS
 
 
 KEPT = {
@@ -240,8 +244,8 @@ def test_what_a_layer_keeps_is_what_autograd_saves(name, attention, precision, q
     config = config_of(
         tmp_path, tmp_path / "teacher", quant=quant, distill=distill, train=train, data={"tokens_per_sample": None if pairs else tokens, "pairs": pairs}
     )
-    stack = plan.read_model(tmp_path / "teacher").stacks[0]
-    predicted = samples * plan.kept_by_layer(stack, config, tokens, sources)
+    stack = read_model(tmp_path / "teacher").stacks[0]
+    predicted = samples * kept_by_layer(stack, config, tokens, sources)
     predicted += 2 * stack.matrices / stack.layers if precision != "fp32" else 0  # autocast's copies of the weights
     assert predicted == pytest.approx((measured[1] - measured[0]) / 2, rel=0.1)
 
@@ -250,10 +254,10 @@ def test_bytes_between_two_steps_by_hand(tmp_path):
     teacher = directory(tmp_path / "teacher", model_type="gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=97, n_positions=64)
     # 97 x 32 words, 64 x 32 positions, 2 layers of 12 x 32 x 32 matrices and 13 x 32 vectors, the last norm
     elements = 97 * 32 + 64 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
-    assert plan.read_models(config_of(tmp_path, teacher)).student.elements == elements
+    assert read_models(config_of(tmp_path, teacher)).student.elements == elements
 
     def rest(world_size: int, **blocks: Any) -> float:
-        return sum(plan.memory_of(config_of(tmp_path, teacher, **blocks), world_size, device="cpu").moments["rest"].values())
+        return sum(memory_of(config_of(tmp_path, teacher, **blocks), world_size, device="cpu").moments["rest"].values())
 
     for stage, bytes_per_parameter in ((1, lambda n: 4 + 12 / n), (2, lambda n: 4 + 12 / n), (3, lambda n: 16 / n + 4)):  # the last 4: the bucket
         for n in (1, 4):
@@ -265,21 +269,21 @@ def test_bytes_between_two_steps_by_hand(tmp_path):
     coded, kept = 2 * 12 * 32 * 32, 2 * (12 * 32 * 32 + 2 * 9 * 32)
     kept += 2 * (elements - coded)
     for n, zero in ((4, 3), (4, 0)):
-        found = plan.memory_of(config_of(tmp_path, teacher, zero={"teacher": zero}, teacher={"dtype": "int8"}), n, device="cpu").moments["rest"]
+        found = memory_of(config_of(tmp_path, teacher, zero={"teacher": zero}, teacher={"dtype": "int8"}), n, device="cpu").moments["rest"]
         assert found["teacher"] == kept / (n if zero == 3 else 1)
     bank = 97 * (4 * 32 + 1)
     assert rest(2, zero={"student": 1}, distill={"contrast": {}}) - rest(2, zero={"student": 1}) == pytest.approx(bank)
-    host = plan.memory_of(config_of(tmp_path, teacher), 4).host_per_rank
+    host = memory_of(config_of(tmp_path, teacher), 4).host_per_rank
     assert host["checkpoint being written"] == pytest.approx(12 * elements / 4)
 
 
 def test_what_is_offloaded_is_counted_where_it_goes(tmp_path):
     teacher = directory(tmp_path / "teacher", model_type="gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=97, n_positions=64)
-    part = 4 * plan.read_model(teacher).elements / 8
+    part = 4 * read_model(teacher).elements / 8
 
-    def planned(optimizer: str, parameters: str) -> plan.Memory:
+    def planned(optimizer: str, parameters: str) -> Memory:
         zero = {"offload_optimizer": optimizer, "offload_parameters": parameters} | ({"nvme": "/disk"} if "nvme" in (optimizer, parameters) else {})
-        return plan.memory_of(config_of(tmp_path, teacher, zero=zero), 8)
+        return memory_of(config_of(tmp_path, teacher, zero=zero), 8)
 
     assert planned("none", "none").disk_per_rank == 0
     assert planned("cpu", "none").host_per_rank["optimizer"] == pytest.approx(5 * part)  # masters, two moments, gradients, and DeepSpeed's copy of them
@@ -291,11 +295,9 @@ def test_what_is_offloaded_is_counted_where_it_goes(tmp_path):
         assert not {"weights", "checkpoint being written"} & found.host_per_rank.keys()
         assert found.moments == planned("cpu", "none" if parameters == "none" else "cpu").moments
     assert planned("none", "nvme").disk_per_rank == pytest.approx(2 * part)
-    cost = plan.cost_of(
-        config_of(tmp_path, teacher, zero={"offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme": "/disk"}), 2, 4, plan.GPUS["h100"]
-    )
-    assert cost.seconds["local disk"] * plan.NVME_BYTES_PER_S == pytest.approx((6 + 1 + 64 // 2 // 8) * 8 * part / 2)
-    large = plan.memory_of(
+    cost = cost_of(config_of(tmp_path, teacher, zero={"offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme": "/disk"}), 2, 4, GPUS["h100"])
+    assert cost.seconds["local disk"] * NVME_BYTES_PER_S == pytest.approx((6 + 1 + 64 // 2 // 8) * 8 * part / 2)
+    large = memory_of(
         config_of(
             tmp_path,
             directory(tmp_path / "xl", model_type="gpt2", n_embd=1600, n_layer=48, n_head=25, vocab_size=50257, n_positions=1024),
@@ -308,10 +310,10 @@ def test_what_is_offloaded_is_counted_where_it_goes(tmp_path):
 
 def test_traffic_by_hand(tmp_path):
     teacher = directory(tmp_path / "teacher", model_type="gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=97, n_positions=64)
-    elements = plan.read_model(teacher).elements
+    elements = read_model(teacher).elements
 
     def traffic(precision: str = "fp32", **zero: int) -> dict[str, float]:
-        return plan.cost_of(config_of(tmp_path, teacher, zero=zero, train={"precision": precision}), 2, 4, plan.GPUS["h100"]).traffic
+        return cost_of(config_of(tmp_path, teacher, zero=zero, train={"precision": precision}), 2, 4, GPUS["h100"]).traffic
 
     share, micro_batches = 4 * 7 / 8, 64 // 2 // 8
     assert traffic(student=1, teacher=0) == pytest.approx({"reductions": 2 * share * elements, "student's gathers": share * elements})
@@ -333,18 +335,18 @@ def test_bytes_of_a_teacher_in_int8_are_those_that_are_kept(tmp_path):
         models.in_int8(model, models.readers_of(dict(model.named_parameters())))
         kept = {key: p.numel() * (1 if p.dtype == torch.int8 else 2) for key, p in model.named_parameters()}
         layers = blocks_of(model)
-        found = plan.read_model(tmp_path / name).kept_in("int8")
+        found = read_model(tmp_path / name).kept_in("int8")
         assert found.whole == sum(kept.values())
         assert found.layer == max(sum(p.numel() * (1 if p.dtype == torch.int8 else 2) for p in block.parameters()) for block in layers)
         assert found.dense == 2 * max(sum(p.numel() for p in module.parameters(recurse=False) if p.dtype == torch.int8) for module in model.modules())
     config = config_of(tmp_path, tmp_path / "llama", zero={"teacher": 3}, teacher={"dtype": "int8"})
-    found = plan.read_model(tmp_path / "llama").kept_in("int8")
-    assert plan.cost_of(config, 1, 4, plan.GPUS["h100"]).traffic["teacher's gathers"] == (found.whole + 2 * 97 * 32) * 64 / 2 / 4 * 3 / 4
+    found = read_model(tmp_path / "llama").kept_in("int8")
+    assert cost_of(config, 1, 4, GPUS["h100"]).traffic["teacher's gathers"] == (found.whole + 2 * 97 * 32) * 64 / 2 / 4 * 3 / 4
 
 
 def test_products_by_hand(tmp_path):
     teacher = directory(tmp_path / "teacher", model_type="gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=97, n_positions=64)
-    seconds = plan.cost_of(config_of(tmp_path, teacher, zero={"teacher": 0}), 1, 8, plan.GPUS["h100"]).seconds
+    seconds = cost_of(config_of(tmp_path, teacher, zero={"teacher": 0}), 1, 8, GPUS["h100"]).seconds
     tokens = 64 * 64 // 8
     forward = 2 * 2 * 12 * 32 * 32 + 2 * 4 * 32 * 64 / 2  # two layers: matrices, and attention over half of the 64 tokens
     head = 2 * 97 * 32
@@ -369,7 +371,7 @@ def test_what_memory_must_obey(tmp_path_factory, stage, teacher, micro_batch, wo
         config = config_of(
             folder, path, **blocks, train={"micro_batch": micro_batch, "activation_checkpointing": checkpointing, "precision": precision, **train}
         )
-        memory = plan.memory_of(config, n)
+        memory = memory_of(config, n)
         assert all(value > 0 for parts in memory.moments.values() for value in parts.values())
         assert memory.bytes == max(sum(parts.values()) for parts in memory.moments.values())
         return memory.bytes
@@ -382,13 +384,13 @@ def test_what_memory_must_obey(tmp_path_factory, stage, teacher, micro_batch, wo
 def test_a_plan_that_does_not_fit_names_the_cheapest_that_does(tmp_path):
     teacher = directory(tmp_path / "teacher", model_type="llama")
     config = config_of(tmp_path, teacher, train={"precision": "bf16"}, teacher={"dtype": "bf16"})
-    asked = plan.plan(config, 1, 2, "a100-40")
+    asked = plan(config, 1, 2, "a100-40")
     assert not asked.fits
-    found = plan.cheapest(asked)
+    found = cheapest(asked)
     assert found is not None and found.fits and found.nodes > 1
-    assert plan.fastest(replace(asked, nodes=found.nodes - 1)) is None  # one node less has no plan at all
+    assert fastest(replace(asked, nodes=found.nodes - 1)) is None  # one node less has no plan at all
     every = [
-        plan.plan(config.model_copy(update={"zero": zero, "train": train}), found.nodes, 2, "a100-40", asked.models)
+        plan(config.model_copy(update={"zero": zero, "train": train}), found.nodes, 2, "a100-40", asked.models)
         for zero in (config.zero.model_copy(update={"student": s, "teacher": t}) for s in (1, 2, 3) for t in (0, 3))
         for train in (
             config.train.model_copy(update={"micro_batch": m, "activation_checkpointing": c}) for m in (1, 2, 4, 8, 16, 32, 64) for c in (False, True)
@@ -401,7 +403,7 @@ def test_a_plan_that_does_not_fit_names_the_cheapest_that_does(tmp_path):
     assert largest in message and f"--nodes {found.nodes}" in message
     # What it names, asked for, fits.
     again = load_config_with(tmp_path, config, [f"{name}={str(value).lower()}" for name, value in found.settings.items()])
-    assert plan.plan(again, found.nodes, found.gpus, "a100-40").fits
+    assert plan(again, found.nodes, found.gpus, "a100-40").fits
 
 
 def load_config_with(folder: Path, config: RunConfig, overrides: list[str]) -> RunConfig:
