@@ -38,14 +38,17 @@ quickstart: $(STAMP)
 seq2seq-quickstart: $(STAMP)
 	$(BIN)/dqtrain quickstart --seq2seq
 
+# Two workers, each with whole files; one thread each, since most tests start processes of their own.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
 test: $(STAMP)
 	echo "ruff";          $(BIN)/ruff check && $(BIN)/ruff format --check
 	echo "import-linter"; $(BIN)/lint-imports --no-logo >/dev/null || $(BIN)/lint-imports
 	echo "mypy";          $(BIN)/mypy --no-error-summary
-	echo "pytest";        $(BIN)/pytest -m "not slow"
+	echo "pytest";        $(PYTEST) -m "not slow"
 
 check: test
-	echo "pytest, the long ones"; $(BIN)/pytest -m slow
+	echo "pytest, the long ones"; $(PYTEST) -m slow
 
 KILLS ?= 200
 SEED ?= 1
