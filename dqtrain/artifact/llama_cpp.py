@@ -7,7 +7,8 @@ fields that are set here are looked at first: where one has not its known defaul
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -202,16 +203,21 @@ class LlamaCpp:
             raise ConfigError(
                 f"the prompt has {len(source or ids)} tokens and {tokens} more are asked, but {self.path} has room for {self.longest}; ask for fewer."
             )
-        self._forget(source)
         written: list[int] = []
-        logits = self._decode(ids, 0)
-        while len(written) < tokens:
-            token = int(logits[-1].argmax())
+        for token in itertools.islice(self.greedily(ids, source), tokens):
             if self._lib.llama_vocab_is_eog(self._vocab, token):
                 break
             written.append(token)
-            logits = self._decode([token], len(ids) + len(written) - 1)
         return self.decode(written) if self.has_encoder else self.decode([*ids, *written])
+
+    def greedily(self, ids: Sequence[int], source: Sequence[int] | None = None) -> Iterator[int]:
+        """The likeliest token behind `ids`, the one behind that, and so on without an end."""
+        self._forget(source)
+        self._run(self._lib.llama_decode, ids, 0, only_last=True)
+        for place in itertools.count(len(ids)):
+            token = int(self._logits(-1).argmax())
+            yield token
+            self._run(self._lib.llama_decode, [token], place)
 
     def _forget(self, source: Sequence[int] | None) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
@@ -220,15 +226,19 @@ class LlamaCpp:
 
     def _decode(self, ids: Sequence[int], first: int) -> Tensor:
         self._run(self._lib.llama_decode, ids, first)
-        rows = [np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, i), (self.vocab_size,)) for i in range(len(ids))]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack([self._logits(i) for i in range(len(ids))]))
 
-    def _run(self, function: Any, ids: Sequence[int], first: int) -> None:
+    def _logits(self, place: int) -> np.ndarray:
+        """Of one token of the last call, -1 for its last; llama.cpp's own memory, until the next call."""
+        return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, place), (self.vocab_size,))
+
+    def _run(self, function: Any, ids: Sequence[int], first: int, only_last: bool = False) -> None:
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
             for i, token in enumerate(ids):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = int(token), first + i, 1, 0, 1
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = int(token), first + i, 1, 0
+                batch.logits[i] = not only_last or i == len(ids) - 1
             _said.clear()
             code = function(self._context, batch)
         finally:

@@ -5,6 +5,7 @@ the model and then waits; in each round one after the other reads a prompt and w
 """
 
 import gc
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ Write = Callable[[list[list[int]], int], None]
 class Runtime(NamedTuple):
     """One row of the table."""
 
-    file: str  # below the folder of `_prepare`, whose bytes count: packed, fp32 or bf16
+    folder: str  # below that of `_prepare`
     weight_bytes: float  # that one weight takes when it is multiplied
     load: Callable[[Path], Write]
 
@@ -82,13 +83,36 @@ def _generate(model: Any) -> Write:
     return write
 
 
+def _llama_cpp(folder: Path) -> Write:
+    """One sequence after the other."""
+    from dqtrain.artifact.llama_cpp import LlamaCpp
+
+    runtime = LlamaCpp(folder / "model.gguf", longest=LONGEST)
+
+    def write(ids: list[list[int]], tokens: int) -> None:
+        for sequence in ids:
+            list(itertools.islice(runtime.greedily(sequence), tokens))
+
+    return write
+
+
 RUNTIMES = {
     "transformers fp32": Runtime("fp32", 4, _transformers),
     "transformers bf16": Runtime("bf16", 2, _transformers),
     "torch dynamic int8": Runtime("fp32", 1, _dynamic_int8),
-    "packed, exact": Runtime("packed", 4, _ours("exact")),
-    "packed, fast": Runtime("packed", 0.5, _ours("fast")),
+    "packed, exact": Runtime("packed 2", 4, _ours("exact")),
+    "packed, fast": Runtime("packed 2", 0.5, _ours("fast")),
+    "llama.cpp F32": Runtime("gguf float", 4, _llama_cpp),
+    "llama.cpp Q8_0": Runtime("gguf 8", 8.5 / 8, _llama_cpp),
+    "llama.cpp Q4_0": Runtime("gguf 4", 4.5 / 8, _llama_cpp),
+    "llama.cpp TQ1_0": Runtime("gguf 2", 1.6875 / 8, _llama_cpp),
+    "llama.cpp TQ2_0": Runtime("gguf 2 fastest", 2.0625 / 8, _llama_cpp),
 }
+
+WEIGHTS = {".safetensors", ".gguf"}
+
+LONGEST = 1024
+"""Positions of the model."""
 
 
 def run(
@@ -132,7 +156,7 @@ def run(
         medians = {name: {key: statistics.median(r[key] for r in results) for key in results[0]} for name, results in found.items()}
         first = f"decode {batches[0]}"
         for name, runtime in RUNTIMES.items():
-            size = sum(file.stat().st_size for file in (Path(folder) / runtime.file).glob("*.safetensors"))
+            size = sum(file.stat().st_size for file in (Path(folder) / runtime.folder).iterdir() if file.suffix in WEIGHTS)
             figures, limit = medians[name], speed / (weights * runtime.weight_bytes)
             cells = "".join(f" {figures[f'prompt {b}']:9.0f} {figures[f'decode {b}']:9.1f}" for b in batches)
             low, high = (end(r[first] for r in found[name]) for end in (min, max))
@@ -164,31 +188,43 @@ def _ask(process: subprocess.Popen[str], word: str = "") -> dict[str, Any]:
     return json.loads(answer)
 
 
-def _prepare(folder: Path, layers: int, width: int, vocabulary: int, positions: int) -> None:
-    """packed/, fp32/ and bf16/: one student, as codes and as floats."""
+def _prepare(folder: Path, layers: int, width: int, vocabulary: int) -> None:
+    """The folders of RUNTIMES: students of 2 (ternary), 4 and 8 bits and one whose matrices stay float, packed and as GGUF files; the first one's values as floats."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from dqtrain.artifact import format
+    from dqtrain.artifact.export_gguf import GgufTarget
     from dqtrain.artifact.load import load_artifact
     from dqtrain.artifact.pretrained import name_in_config
     from dqtrain.artifact.size import export_about
-    from dqtrain.config import Quant
+    from dqtrain.config import Export, Quant, Source
+    from dqtrain.data.prepare import load_tokenizer, train_tokenizer
     from dqtrain.quant.modules import quantize_model
 
-    torch.manual_seed(0)
-    ternary = {"bits": 2, "granularity": "per_row"}
-    quant = Quant.model_validate(
-        {"linears": ternary, "embeddings": ternary, "positions": {"bits": 8, "granularity": "per_row"}, "activations": {"bits": 8}, "vectors": "bf16"}
-    )
-    config = GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, vocab_size=vocabulary, n_positions=positions, bos_token_id=0, eos_token_id=0)
-    model = GPT2LMHeadModel(config).eval()
-    coverage = quantize_model(model, quant)
-    (folder / "packed").mkdir()
-    config.save_pretrained(folder / "packed")
-    format.write(model, folder / "packed", export_about(coverage, quant.activations.model_dump() if quant.activations else None))
-    name_in_config(folder / "packed")
-    dense = load_artifact(folder / "packed", "dense")
+    (folder / "text.txt").write_text(__doc__)
+    train_tokenizer([Source(path=str(folder / "text.txt"))], 260, folder / "tokenizer")  # of no account, but a GGUF file has one
+    config = GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, vocab_size=vocabulary, n_positions=LONGEST, bos_token_id=0, eos_token_id=0)
+    for name in ("2", "4", "8", "float"):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).eval()
+        matrices = None if name == "float" else {"bits": int(name), "granularity": "per_row"}
+        positions = {"bits": 8, "granularity": "per_row"}
+        quant = Quant.model_validate(
+            {"linears": matrices, "embeddings": matrices, "positions": positions, "activations": matrices and {"bits": 8}, "vectors": "bf16"}
+        )
+        coverage = quantize_model(model, quant)
+        packed = folder / f"packed {name}"
+        load_tokenizer(folder / "tokenizer").save_pretrained(packed)
+        config.save_pretrained(packed)
+        format.write(model, packed, export_about(coverage, quant.activations.model_dump() if quant.activations else None))
+        name_in_config(packed)
+        for layout in ("smallest", "fastest")[: 2 if name == "2" else 1]:
+            gguf = folder / (f"gguf {name}" if layout == "smallest" else f"gguf {name} fastest")
+            gguf.mkdir()
+            with format.PackedTensors(packed, format.read_description(packed)) as tensors:
+                GgufTarget(tensors, config, Export.model_validate({"gguf": layout})).write(gguf)
+    dense = load_artifact(folder / "packed 2", "dense")
     dense.save_pretrained(folder / "fp32")
     dense.to(torch.bfloat16).save_pretrained(folder / "bf16")  # type: ignore[arg-type]
 
@@ -203,7 +239,7 @@ def _child(case: dict[str, Any]) -> None:
     sys.stdin.readline()  # one at a time
     if "prepare" in case:
         layers, width = case["prepare"]
-        _prepare(folder, layers, width, case["vocabulary"], positions=1024)
+        _prepare(folder, layers, width, case["vocabulary"])
         _answer({})
         return
     if "bandwidth" in case:
@@ -224,7 +260,7 @@ def _child(case: dict[str, Any]) -> None:
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         start = time.perf_counter()
-        write = runtime.load(folder / runtime.file)
+        write = runtime.load(folder / runtime.folder)
         ready = {"load_s": time.perf_counter() - start, "torch": torch.__version__}
         ids = {size: torch.randint(case["vocabulary"], (size, case["prompt"]), generator=draw).tolist() for size in case["batches"]}
         for batch in ids.values():
