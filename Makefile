@@ -39,7 +39,7 @@ seq2seq-quickstart: $(STAMP)
 	$(BIN)/dqtrain quickstart --seq2seq
 
 # Two workers, each with whole files; one thread each, since most tests start processes of their own.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	echo "ruff";          $(BIN)/ruff check && $(BIN)/ruff format --check

@@ -16,13 +16,6 @@ hypothesis.settings.register_profile("shared machine", deadline=None)  # how lon
 hypothesis.settings.load_profile("shared machine")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one worker of `pytest -n`, with what its fixtures started; those of the launcher are one group, for their one Slurm."""
-    for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "launch" else str(item.path)))
-
-
 def prepare_one(source, split: str, tokenizer: Path, root: Path, *, pairs=None, samples: str = "packed", **how) -> Path:
     """The folder that `prepare` makes of one source: a path, or a Source."""
     from dqtrain.config import Data
