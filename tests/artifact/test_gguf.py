@@ -148,8 +148,8 @@ OTHERS = {  # that llama.cpp does not run
     "bart": (
         byte_level,
         BartConfig,
-        {"d_model": 256, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-        | {"encoder_ffn_dim": 384, "decoder_ffn_dim": 384, "max_position_embeddings": 64, "dropout": 0.0},
+        {"d_model": 128, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        | {"encoder_ffn_dim": 320, "decoder_ffn_dim": 320, "max_position_embeddings": 64, "dropout": 0.0},
     )
 }
 QUANT = settings(2, 2, 8)
