@@ -255,7 +255,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main(" --mode fast')
     generate.add_argument(
-        "model", type=Path, help="packed artifact, GGUF file or its folder (llama.cpp runs it), Hugging Face directory, hub id hf:NAME@COMMIT or finished run"
+        "model",
+        type=Path,
+        help="packed artifact, GGUF file or its folder (llama.cpp runs it), folder of an onnx target (ONNX Runtime does), Hugging Face directory, "
+        "hub id hf:NAME@COMMIT or finished run",
     )
     generate.add_argument("prompt", help="text to go on from; for an encoder-decoder the source, in the template of its training")
     generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
@@ -688,6 +691,13 @@ def _generate(path: Path, prompt: str, tokens: int, mode: str | None, other: Pat
                 raise ConfigError(f"--mode is for packed artifacts, but llama.cpp runs {file}. Leave it out.")
             with LlamaCpp(file) as runtime:
                 print(runtime.generate(prompt, tokens))
+            continue
+        if (model / "onnx.json").is_file():
+            from dqtrain.artifact.onnx_runtime import OnnxRunner
+
+            if mode and model == path:
+                raise ConfigError(f"--mode is for packed artifacts, but ONNX Runtime runs {model}. Leave it out.")
+            OnnxRunner(model).generate(prompt, tokens, stream=True)
             continue
         from dqtrain.artifact.load import complete, load_artifact, load_spread
 

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
+from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
 from dqtrain.artifact.load import load_artifact, trained_model
 from dqtrain.artifact.pretrained import name_in_config
 from dqtrain.artifact.target import RuntimeTarget
@@ -31,7 +32,10 @@ class Runtime(NamedTuple):
     target: Callable[[format.PackedTensors, PretrainedConfig, Export], RuntimeTarget]
 
 
-RUNTIMES: dict[Target, Runtime] = {"gguf": Runtime(check_gguf, describe_gguf, GgufTarget)}
+RUNTIMES: dict[Target, Runtime] = {
+    "gguf": Runtime(check_gguf, describe_gguf, GgufTarget),
+    "onnx": Runtime(check_onnx, describe_onnx, OnnxTarget),
+}
 """Targets that a program of its own runs, each proven in it (`parity.verify_target`)."""
 
 

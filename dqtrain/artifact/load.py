@@ -137,6 +137,13 @@ def _prefixes(name: str) -> Iterator[str]:
     yield ""
 
 
+def read_prompt(tokenizer: Any, prompt: str) -> tuple[list[int], bool]:
+    """Token ids that a causal model goes on from, and whether they are a user's turn of a chat, as the tokenizer's template has it."""
+    if tokenizer.chat_template is not None:
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False), True
+    return tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id], False
+
+
 def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int, stream: bool = False) -> str:
     """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt.
 
@@ -152,11 +159,7 @@ def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int, strea
         if stream:
             print(text)
         return text
-    is_chat = tokenizer.chat_template is not None
-    if is_chat:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
-    else:
-        ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    ids, is_chat = read_prompt(tokenizer, prompt)
     if longest is not None and len(ids) + tokens > longest:
         raise ConfigError(f"the prompt has {len(ids)} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")
     read = torch.tensor([ids], device=input_device(model))

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from families import FAMILIES
 from test_ggml_blocks import by_package, drawn
-from test_gguf import GATED, WIDE, AutoModel
+from test_gguf import GATED, OTHERS, WIDE, AutoModel
+from test_onnx import Cases
 from test_packed import about, settings
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, T5Config
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.export_gguf import GgufTarget, refusal
+from dqtrain.artifact.export_onnx import OnnxTarget
 from dqtrain.artifact.ggml_blocks import as_tensor, fit, pack, rows_of
 from dqtrain.artifact.gguf_family import family
 from dqtrain.config import BITS_OF_GRID, Export
@@ -67,15 +70,56 @@ def blocks_table():
     return lines
 
 
+def digits_table():
+    """What ONNX Runtime has for a grid, each cell packed and multiplied and looked up by it."""
+    shapes = {
+        "rows": ("per_row", None, 256, True),
+        "groups of 128": ("per_group", 128, 256, True),
+        "groups of 16": ("per_group", 16, 48, True),
+        "groups of 24": ("per_group", 24, 48, True),
+        "fp32 scales": ("per_row", None, 40, False),
+    }
+    lines = [row("grid", "bits", *shapes), row(*["---"] * (2 + len(shapes)))]
+    for grid, bits in GRIDS:
+        cases, cells, values = Cases(), [], {}
+        for name, (granularity, group_size, columns, portable) in shapes.items():
+            value, found = cases.add(name, WeightQuantizer(grid, bits, granularity, group_size, 0, portable), columns, is_table=True)
+            cells.append("refused" if found.is_float else found.type)
+            if value is not None:
+                values[name] = value.numpy()
+        with tempfile.TemporaryDirectory() as folder:
+            read = cases.run(Path(folder))
+        assert all((found == values[name]).all() for name in values for found in read[name])
+        lines.append(row(grid, bits, *cells))
+    return lines
+
+
+def llama_cpp_runs(model, folder):
+    return f"as {family(model.config).arch}"
+
+
+def graphs_hold(model, folder):
+    """What the graphs of a packed artifact say of its weights, each read by ONNX Runtime."""
+    with format.PackedTensors(folder, format.read_description(folder)) as tensors:
+        target = OnnxTarget(tensors, model.config, Export())
+        (folder / "onnx").mkdir()
+        target.write(folder / "onnx")
+        found = parity.verify_weights(model, folder / "onnx", target)
+    assert found["bit_identical"] == found["tensors"]
+    return ", ".join(found["types"])
+
+
 def families_table(tokenizer):
-    """Every family on every grid: the targets packed and gguf are written, loaded and compared, weight by weight."""
-    lines = [row("grid", "bits", "packed", *(f"gguf: {name}" for name in RUN_BY_LLAMA_CPP)), row(*["---"] * (3 + len(RUN_BY_LLAMA_CPP)))]
+    """Every family on every grid: the targets packed, gguf and onnx are written, loaded and compared, weight by weight."""
+    lines = [row("grid", "bits", "packed", *(f"gguf: {name}" for name in RUN_BY_LLAMA_CPP), "onnx: these, bart"), row(*["---"] * (4 + len(RUN_BY_LLAMA_CPP)))]
     torch.manual_seed(0)
-    students = {name: AutoModel(config).eval() for name, config in RUN_BY_LLAMA_CPP.items()}
+    _, bart, shape = OTHERS["bart"]
+    configs = RUN_BY_LLAMA_CPP | {"bart": bart(**shape | {"decoder_layers": 1}, vocab_size=300)}
+    students = {name: AutoModel(config).eval() for name, config in configs.items()}
     for grid, bits in GRIDS:
         quant = settings(bits, bits, None, None, grid, "per_row")
-        cells = []
-        for student in students.values():
+        cells, digits = [], set()
+        for name, student in students.items():
             model = copy.deepcopy(student)
             coverage = quantize_model(model, quant)
             with tempfile.TemporaryDirectory() as place:
@@ -84,6 +128,9 @@ def families_table(tokenizer):
                 load_tokenizer(tokenizer).save_pretrained(folder)
                 format.write(model, folder, about(quant, coverage))
                 parity.verify(model, folder)
+                digits.add(graphs_hold(model, folder))
+                if name not in RUN_BY_LLAMA_CPP:
+                    continue
                 with format.PackedTensors(folder, format.read_description(folder)) as tensors:
                     target = GgufTarget(tensors, model.config, Export())
                     if refusal(list(target.placed.values())):
@@ -92,26 +139,29 @@ def families_table(tokenizer):
                     target.write(folder)
                     found = parity.verify_weights(model, folder, target)
                     cells.append(", ".join(found["types"]))
-        lines.append(row(grid, bits, "exact", *cells))
+        lines.append(row(grid, bits, "exact", *cells, ", ".join(sorted(digits))))
     return lines
 
 
-def others_table():
-    """Every family that dqtrain quantizes: its packed artifact is written, loaded and compared; whether llama.cpp runs it as transformers does."""
-    lines = [row("family", "packed", "gguf"), row("---", "---", "---")]
+def others_table(tokenizer):
+    """Every family that dqtrain quantizes: packed artifact and graphs are written, loaded and compared; whether llama.cpp runs it as transformers does."""
+    lines = [row("family", "packed", "gguf", "onnx"), row("---", "---", "---", "---")]
     quant = settings(2, 2, 8)
     for name, make in FAMILIES.items():
         model = make()
         coverage = quantize_model(model, quant)
         with tempfile.TemporaryDirectory() as place:
-            model.config.save_pretrained(place)
-            format.write(model, Path(place), about(quant, coverage))
-            parity.verify(model, Path(place))
-        try:
-            said = f"as {family(model.config).arch}"
-        except ConfigError as error:
-            said = f"refused: {str(error).split('. Use')[0]}"
-        lines.append(row(name, "exact", said))
+            folder, said = Path(place), []
+            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+            model.config.save_pretrained(folder)
+            format.write(model, folder, about(quant, coverage))
+            parity.verify(model, folder)
+            for run in (llama_cpp_runs, graphs_hold):
+                try:
+                    said.append(run(model, folder))
+                except ConfigError as error:
+                    said.append(f"refused: {str(error).split('. Use')[0]}")
+        lines.append(row(name, "exact", *said))
     return lines
 
 
@@ -128,8 +178,12 @@ def test_blocks_that_hold_a_grid():
     compare("blocks", blocks_table())
 
 
-def test_families_that_llama_cpp_does_not_run():
-    compare("others", others_table())
+def test_digits_that_hold_a_grid():
+    compare("digits", digits_table())
+
+
+def test_families_that_other_programs_run(world):
+    compare("others", others_table(world / "tokenizer"))
 
 
 @pytest.mark.slow

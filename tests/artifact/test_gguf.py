@@ -41,12 +41,12 @@ from dqtrain.quant.modules import quantize_model
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
-    """A run whose config asks for packed codes, a GGUF file and floats."""
+    """A run whose config asks for packed codes, a GGUF file, graphs and floats."""
     from conftest import Run, config_text
 
     folder = tmp_path_factory.mktemp("gguf")
     changes = {
-        "export": "{targets: [packed, gguf, hf]}",
+        "export": "{targets: [packed, gguf, onnx, hf]}",
         "train": "{steps: 30, global_batch: 8, micro_batch: 4, lr: 5.0e-3, scale_lr: 5.0e-3, warmup_steps: 2}",
     }
     (folder / "run.yaml").write_text(config_text(world, folder / "run", zero="{student: 1, teacher: 0}", checkpoint="{every_steps: 30}", **changes))
@@ -60,7 +60,8 @@ def test_a_run_ends_with_every_target_that_it_was_asked_for(finished):
     run, output = finished
     assert "gguf: Q4_0 for " in output and "rows of 32 are no multiple of 256, the block of TQ1_0" in output
     found = json.loads((run.path / "result.json").read_text())["export"]
-    assert found["path"].endswith("packed") and found["others"].keys() == {"gguf", "hf"}
+    assert found["path"].endswith("packed") and found["others"].keys() == {"gguf", "onnx", "hf"}
+    assert found["others"]["onnx"]["parity"]["weights"]["bit_identical"] == 28
     parity = found["others"]["gguf"]["parity"]
     assert parity["weights"]["bit_identical"] == parity["weights"]["tensors"] == 28
     assert parity["as_shipped"]["held_out_text"] and parity["tokenizer"]["texts"] > 0
@@ -79,11 +80,11 @@ def test_exported_again_it_is_the_same_file(finished):
 def test_generate_runs_it(finished):
     run, _ = finished
     texts = {}
-    for place in ("gguf", "gguf/model.gguf", "packed"):
+    for place in ("gguf", "gguf/model.gguf", "onnx", "packed"):
         code, texts[place] = run.dqtrain("generate", str(run.path / "artifact" / place), "the cat sees", "--tokens", "8")
         assert code == 0, texts[place]
     assert texts["gguf"] == texts["gguf/model.gguf"] and texts["gguf"].startswith("the cat sees")
-    assert texts["gguf"] == texts["packed"]  # the words are far enough apart for 8-bit activations of either kind
+    assert texts["gguf"] == texts["onnx"] == texts["packed"]  # the words are far enough apart for 8-bit activations of either kind
 
 
 # Models of every family, trained in this process
@@ -143,6 +144,14 @@ STUDENTS = {
         {**GATED, "d_model": 256, "num_layers": 1, "num_decoder_layers": 1, "tie_word_embeddings": False},
     ),
 }
+OTHERS = {  # that llama.cpp does not run
+    "bart": (
+        byte_level,
+        BartConfig,
+        {"d_model": 128, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        | {"encoder_ffn_dim": 320, "decoder_ffn_dim": 320, "max_position_embeddings": 64, "dropout": 0.0},
+    )
+}
 QUANT = settings(2, 2, 8)
 
 
@@ -158,7 +167,7 @@ def student(world, tmp_path_factory):
     def make(name):
         if name not in _students():
             folder = tmp_path_factory.mktemp("student")
-            tokenizer, config, shape = STUDENTS[name]
+            tokenizer, config, shape = (STUDENTS | OTHERS)[name]
             tokenizer(world, folder / "model")
             told = load_tokenizer(folder / "model")
             ids = {"eos_token_id": told.eos_token_id, "bos_token_id": told.bos_token_id or 0, "pad_token_id": told.pad_token_id, "decoder_start_token_id": 0}
@@ -391,4 +400,4 @@ def test_without_the_packages_it_is_said_what_to_install(finished):
 def test_unknown_target(finished):
     run, _ = finished
     code, output = run.dqtrain("export", str(run.path), "--to", "packed,pickle")
-    assert code == 2 and "--to pickle: there is no such target; give packed, gguf, hf." in output
+    assert code == 2 and "--to pickle: there is no such target; give packed, gguf, onnx, hf." in output
