@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from dqtrain import hub
 from dqtrain.config import BITS_OF_GRID, SPLITS, Export, RunConfig, Source, Target, check_ranks, load_config
@@ -232,6 +232,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--gguf", choices=get_args(Export.model_fields["gguf"].annotation), help="blocks of ternary weights in a GGUF file (default: the run's)"
     )
+    export.add_argument(
+        "--compressed-tensors",
+        choices=get_args(Export.model_fields["compressed_tensors"].annotation),
+        help="program that a directory of compressed-tensors is laid out for (default: the run's)",
+    )
     export.add_argument("--allow-inexact", action="store_true", help="also where a target cannot hold what was trained; by how much is said")
     side_job(export)
     weights = command(
@@ -255,7 +260,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main(" --mode fast')
     generate.add_argument(
-        "model", type=Path, help="packed artifact, GGUF file or its folder (llama.cpp runs it), Hugging Face directory, hub id hf:NAME@COMMIT or finished run"
+        "model",
+        type=Path,
+        help="packed artifact, GGUF file or its folder (llama.cpp runs it), Hugging Face directory (also of compressed-tensors), hub id hf:NAME@COMMIT or finished run",
     )
     generate.add_argument("prompt", help="text to go on from; for an encoder-decoder the source, in the template of its training")
     generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
@@ -372,7 +379,8 @@ def _export_options(args: argparse.Namespace) -> list[str]:
     """The options of `dqtrain export` as they were given. Raises ConfigError for a target that does not exist."""
     _targets(args.to)
     given = [word for target in args.to or () for word in ("--to", target)]
-    return [*given, *(["--gguf", args.gguf] if args.gguf else []), *(["--allow-inexact"] if args.allow_inexact else [])]
+    layouts = [word for name, value in (("--gguf", args.gguf), ("--compressed-tensors", args.compressed_tensors)) if value for word in (name, value)]
+    return [*given, *layouts, *(["--allow-inexact"] if args.allow_inexact else [])]
 
 
 def _targets(to: Sequence[str] | None) -> tuple[str, ...]:
@@ -549,7 +557,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "weights":
         return _weights(RunDir(args.run), args.out, args.step, args.dtype)
     if args.command == "export":
-        return _export(RunDir(args.run), args.to, args.gguf, args.allow_inexact)
+        given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "allow_inexact": args.allow_inexact or None}
+        return _export(RunDir(args.run), args.to, {name: value for name, value in given.items() if value is not None})
     return _generate(hub.fetch(args.model), args.prompt, args.tokens, args.mode, args.compare and hub.fetch(args.compare))
 
 
@@ -597,12 +606,11 @@ def _look(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export(run: RunDir, to: Sequence[str] | None, gguf: str | None, allow_inexact: bool) -> int:
-    """Write a finished run's artifacts; prints one JSON object."""
-    asked = run.load_config().export
+def _export(run: RunDir, to: Sequence[str] | None, given: dict[str, Any]) -> int:
+    """Write a finished run's artifacts, as its config says but for what is given; prints one JSON object."""
+    asked = run.load_config().export.model_copy(update=given)
     if to is not None:
         asked = asked.model_copy(update={"targets": _targets(to)})
-    asked = asked.model_copy(update=({"gguf": gguf} if gguf else {}) | ({"allow_inexact": True} if allow_inexact else {}))
     from dqtrain.artifact.export import RUNTIMES, export
     from dqtrain.artifact.load import chosen_checkpoint
     from dqtrain.build import held_out_text
