@@ -40,6 +40,7 @@ EXAMPLES = """examples:
   dqtrain eval runs/mine --split validation
   dqtrain export runs/mine --to gguf                     a file for llama.cpp; `dqtrain generate` runs it too
   dqtrain generate runs/mine/artifact/packed "Once upon a time"
+  dqtrain serve runs/mine/artifact/gguf --port 8080      an existing server's HTTP interface
 
 exit codes: 0 done; 2 config, 3 data, 4 checkpoint or artifact, 5 numerics: mend it first; 75 saved and stopped: start it again
 """
@@ -272,6 +273,14 @@ def _parser() -> argparse.ArgumentParser:
         help="of a packed artifact: exact, as it was trained (default); dense, float activations; fast, torch's integer kernels for CPUs, float activations",
     )
     generate.add_argument("--compare", type=Path, metavar="MODEL", help="let this model, such as the teacher, write too")
+    serving = command(
+        "serve",
+        "hand an artifact to an existing server with an OpenAI-compatible HTTP interface: llama.cpp's, vLLM's or that of transformers",
+        "dqtrain serve runs/mine/artifact/gguf --port 8080\n  dqtrain serve runs/mine/artifact/compressed-tensors -- --max-model-len 1024    flags of the server itself",
+    )
+    serving.add_argument("model", type=Path, help="GGUF file or its folder, directory of compressed-tensors, packed artifact, or Hugging Face directory")
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    serving.add_argument("--port", type=_positive, default=8080, help="port (default 8080)")
     quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
     quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
     quickstart.add_argument("--seq2seq", action="store_true", help="an encoder-decoder that says what Python functions do, cut to one decoder layer")
@@ -466,7 +475,11 @@ def _show_status(paths: Sequence[Path], is_watched: bool) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags: list[str] = []
+    if words[:1] == ["serve"] and "--" in words:
+        words, flags = words[: words.index("--")], words[words.index("--") + 1 :]
+    args, rest = parser.parse_known_args(words)
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -559,6 +572,10 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "export":
         given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "allow_inexact": args.allow_inexact or None}
         return _export(RunDir(args.run), args.to, {name: value for name, value in given.items() if value is not None})
+    if args.command == "serve":
+        from dqtrain.artifact.serve import serve
+
+        return serve(args.model, args.host, args.port, flags)
     return _generate(hub.fetch(args.model), args.prompt, args.tokens, args.mode, args.compare and hub.fetch(args.compare))
 
 

@@ -184,6 +184,7 @@ class CompressedTarget:
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "config_groups": groups,
             "ignore": [],
+            "layout": self.layout,  # what no reader of the format looks at, but `dqtrain serve`
             **({"dequantize": True} if self.plan.dequantize else {}),
         }
 
