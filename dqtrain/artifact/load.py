@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TextStreamer
 
 from dqtrain import checkpoint
+from dqtrain.artifact.load_compressed import is_compressed, load_compressed
 from dqtrain.artifact.pretrained import DTYPES, METHOD
 from dqtrain.config import Generation
 from dqtrain.data.prepare import load_tokenizer
@@ -66,10 +67,12 @@ def _as_trained(model: PreTrainedModel, run: RunDir) -> PreTrainedModel:
 
 
 def load_any(path: Path) -> PreTrainedModel:
-    """A finished run's chosen checkpoint, a packed artifact, or a Hugging Face directory: whichever the folder is."""
+    """A finished run's chosen checkpoint, a packed artifact, or a Hugging Face directory, also of compressed-tensors: whichever the folder is."""
     run = RunDir(path)
     if run.config.is_file():
         return trained_model(run, chosen_checkpoint(run))
+    if is_compressed(path):
+        return load_compressed(path)
     return load_artifact(path) if (path / "artifact.json").is_file() else load_model(path)
 
 
@@ -82,6 +85,8 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
     run = RunDir(path)
     if (path / "artifact.json").is_file():
         return load_artifact(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    if is_compressed(path):
+        return load_compressed(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     if run.config.is_file():
         model = _as_trained(meta_model(run.student), run)
         weights = checkpoint.readers(chosen_checkpoint(run), model)

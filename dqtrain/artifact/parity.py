@@ -101,7 +101,7 @@ def _samples(held_out: AnyStream | None, config: Any) -> list[_Sample]:
     if held_out is None:
         tokens = min(64, getattr(config, "max_position_embeddings", None) or 64)
         ids = torch.randint(config.vocab_size, (4, tokens + 1), generator=torch.Generator().manual_seed(0))
-        return [_Sample(row[:-1], row[1:], row.flip(0) if config.is_encoder_decoder else None) for row in ids]
+        return [_Sample(row[:-1], row[1:], row[1:].flip(0) if config.is_encoder_decoder else None) for row in ids]
     samples, num_targets = [], 0
     for number in range(held_out.num_samples):
         batch = held_out.batch(np.array([number]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from test_compressed import A8, LEARNED, made, quant
 from test_ggml_blocks import by_package, drawn
 from test_gguf import GATED, OTHERS, WIDE, AutoModel
 from test_onnx import Cases
@@ -16,6 +17,7 @@ from test_packed import about, settings
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, T5Config
 
 from dqtrain.artifact import format, parity
+from dqtrain.artifact.export_compressed import CompressedTarget
 from dqtrain.artifact.export_gguf import GgufTarget, refusal
 from dqtrain.artifact.export_onnx import OnnxTarget
 from dqtrain.artifact.ggml_blocks import as_tensor, fit, pack, rows_of
@@ -165,6 +167,45 @@ def others_table(tokenizer):
     return lines
 
 
+def compressed_table(layout):
+    """Ways to quantize every family, in one layout of compressed-tensors: written and read back, weight by weight."""
+    symmetric = {"bits": 8, "asymmetric": "nowhere"}
+    ways = {
+        "2-2-16": quant(2, 2),
+        "4-4-16, groups": quant(4, 4, granularity="per_group", group_size=16),
+        "4-4-16, affine rows": quant(4, 4, grid="affine", granularity="per_row"),
+        "8-8-8": quant(8, 8, 8, A8),
+        "8-8-8, learned": quant(8, 8, 8, LEARNED),
+        "8-8-8, one scale for a tensor": quant(8, 8, 8, {"bits": 8, "scale": "per_tensor"}),
+        "2-2-8": quant(2, 2, 8, A8),
+        "2-2-8, no zero points": quant(2, 2, 8, symmetric),
+        "2-2-8, learned": quant(2, 2, 8, LEARNED),
+    }
+    lines = [row("way", *FAMILIES), row(*["---"] * (1 + len(FAMILIES)))]
+    with tempfile.TemporaryDirectory() as place:
+        for number, (way, settings) in enumerate(ways.items()):
+            cells = []
+            for family in FAMILIES:
+                model, packed, _ = made(family, settings, Path(place) / f"{family}-{number}")
+                with format.PackedTensors(packed, format.read_description(packed)) as tensors:
+                    try:
+                        target = CompressedTarget(tensors, model.config, Export(compressed_tensors=layout))
+                    except ConfigError:
+                        cells.append("refused")
+                        continue
+                    if target.plan.refused:
+                        cells.append("refused")
+                        continue
+                    folder = Path(place) / f"{family}-{number}-out"
+                    folder.mkdir()
+                    target.write(folder)
+                    found = parity.verify_weights(model, folder, target)
+                    assert found["bit_identical"] == found["tensors"]
+                    cells.append("dense" if target.plan.dequantize else "exact")
+            lines.append(row(way, *cells))
+    return lines
+
+
 def compare(name, lines):
     before, mark, rest = DOC.read_text().partition(f"<!-- {name} -->\n")
     table, end, after = rest.partition(f"<!-- end of {name} -->")
@@ -184,6 +225,12 @@ def test_digits_that_hold_a_grid():
 
 def test_families_that_other_programs_run(world):
     compare("others", others_table(world / "tokenizer"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["transformers", "vllm"])
+def test_what_compressed_tensors_holds(layout):
+    compare(f"compressed-tensors for {layout}", compressed_table(layout))
 
 
 @pytest.mark.slow

