@@ -134,7 +134,7 @@ def _figures(run: RunDir, target: Target, model: PreTrainedModel, folder: Path, 
 
 
 def _weights_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
 
 
 def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig, scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def write_run(folder: Path, config: PretrainedConfig) -> RunDir:
         "train": {"steps": 1, "global_batch": RANKS, "micro_batch": 1, "lr": 1e-5},
         "quant": {"linears": weights, "embeddings": weights, "positions": {"bits": 8, "granularity": "per_row"}, "activations": {"bits": 8}},
         "distill": {"logits": {"weight": 1.0}},
+        "checkpoint": {"every_steps": 1},
     }
     run.config.write_text(yaml.safe_dump(tree))
     config.save_pretrained(run.student)

@@ -68,7 +68,7 @@ def test_in_parts(run, exported, monkeypatch):
     monkeypatch.setattr(tensor_file, "SHARD_BYTES", 60_000)
     export(run, chosen_checkpoint(run), Export(targets=("packed", "hf")))
     parts = {target: sorted(path.name for path in run.artifact(target).glob("*.safetensors*")) for target in ("packed", "hf")}
-    assert len(parts["packed"]) == 3 and len(parts["hf"]) > 5 and all(names[-1] == tensor_file.INDEX for names in parts.values())
+    assert len(parts["packed"]) == 4 and len(parts["hf"]) > 5 and all(names[-1] == tensor_file.INDEX for names in parts.values())
     assert parity.verify(trained_model(run, chosen_checkpoint(run)), run.artifact("packed"))["relative_logit_difference"] == 0.0
     assert torch.equal(*(AutoModelForCausalLM.from_pretrained(run.artifact(target)).transformer.wte.weight for target in ("packed", "hf")))
 
