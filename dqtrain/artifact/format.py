@@ -133,9 +133,9 @@ class PackedTensors:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder = folder
-        self._coverage = Coverage.from_json(json.dumps(about["coverage"]))
-        self.quantized = {row.name: row.quantizer for row in self._coverage.rows if row.quantizer}
-        self._shapes = {row.name: row.shape for row in self._coverage.rows if row.quantizer}
+        self.coverage = Coverage.from_json(json.dumps(about["coverage"]))
+        self.quantized = {row.name: row.quantizer for row in self.coverage.rows if row.quantizer}
+        self._shapes = {row.name: row.shape for row in self.coverage.rows if row.quantizer}
         self._files = MappedFiles()
         try:
             paths = [folder / name for name in about["weights"] if name.endswith(".safetensors")]
@@ -159,11 +159,6 @@ class PackedTensors:
 
     def __exit__(self, *error: Any) -> None:
         self._files.close()
-
-    @property
-    def coverage(self) -> Coverage:
-        """What was quantized, and why the rest was not."""
-        return self._coverage
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter."""

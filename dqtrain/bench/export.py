@@ -56,10 +56,10 @@ def run(folder: Path = Path("runs/bench-export"), shape: dict[str, int] | None =
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(run: RunDir, target: str) -> dict[str, Any]:
-    """`dqtrain export RUN --to TARGET` in a process of its own: seconds, the most bytes that it held, bytes of the artifact's tensors, and its proof."""
+def measure(run: RunDir, target: str, program: Sequence[str] = ("-m", "dqtrain")) -> dict[str, Any]:
+    """`dqtrain export RUN --to TARGET` in a process of its own, of that Python program: seconds, the most bytes that it held, bytes of the artifact's tensors, and its proof."""
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "dqtrain", "export", str(run.path), "--to", target], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *program, "export", str(run.path), "--to", target], stdout=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:  # not getrusage's ru_maxrss, which begins with what this process holds
         peak = max(peak, _high_water(process.pid))
