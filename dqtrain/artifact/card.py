@@ -53,7 +53,7 @@ def model_card(run: RunDir, target: Target, figures: Mapping[str, Any], scores: 
 
 def _front_matter(config: RunConfig, target: Target, licence: str | None, is_encoder_decoder: bool) -> str:
     quant = config.quant
-    content: dict[str, Any] = {"library_name": {"packed": "dqtrain", "gguf": "llama.cpp"}.get(target, "transformers")}
+    content: dict[str, Any] = {"library_name": {"packed": "dqtrain", "gguf": "llama.cpp", "onnx": "onnxruntime"}.get(target, "transformers")}
     if licence:
         content["license"] = licence
     name = _hub_name(config.teacher.path) if config.teacher else None
