@@ -59,15 +59,15 @@ def run(folder: Path = Path("runs/bench-export"), shape: dict[str, int] | None =
 def measure(run: RunDir, target: str, program: Sequence[str] = ("-m", "dqtrain")) -> dict[str, Any]:
     """`dqtrain export RUN --to TARGET` in a process of its own, of that Python program: seconds, the most bytes that it held, bytes of the artifact's tensors, and its proof."""
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, *program, "export", str(run.path), "--to", target], stdout=subprocess.PIPE, text=True)
     peak = 0
-    while process.poll() is None:  # not getrusage's ru_maxrss, which begins with what this process holds
-        peak = max(peak, _high_water(process.pid))
-        time.sleep(0.02)
-    if process.returncode:
-        raise RuntimeError(f"dqtrain export ended with exit code {process.returncode}; its message is above")
-    assert process.stdout is not None
-    found = json.loads(process.stdout.read())
+    with subprocess.Popen([sys.executable, *program, "export", str(run.path), "--to", target], stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:  # not getrusage's ru_maxrss, which begins with what this process holds
+            peak = max(peak, _high_water(process.pid))
+            time.sleep(0.02)
+        if process.returncode:
+            raise RuntimeError(f"dqtrain export ended with exit code {process.returncode}; its message is above")
+        assert process.stdout is not None
+        found = json.loads(process.stdout.read())
     return {"seconds": time.monotonic() - started, "peak": peak, "bytes": found["bytes"], "parity": found["parity"]}
 
 
