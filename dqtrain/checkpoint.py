@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import threading
 import time
 import traceback
@@ -30,7 +29,6 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -40,6 +38,7 @@ from dqtrain.errors import CheckpointError
 from dqtrain.files import digest, sync_path, write_text
 from dqtrain.models import Reader, by_names, meta_model, readers_of
 from dqtrain.quant.modules import is_learned_scale
+from dqtrain.tensor_file import Layout, MappedFiles, num_bytes, write_model_files, write_tensors
 from dqtrain.world import World, broadcast_object, first_problem, gather_objects
 
 FORMAT = 2
@@ -48,7 +47,7 @@ SHARED_DISK_S = 60.0
 """Seconds after which what another rank has written must be visible to rank 0."""
 
 _POLL_S = 0.01
-_BLOCK = 1 << 22
+_BLOCK_ELEMENTS = 1 << 24
 _PREFIX = "student.model."
 """What stands before the names of a transformers model in those of the trained module."""
 
@@ -72,50 +71,6 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 # --- files
-
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-def write_tensors(path: Path, layout: dict[str, tuple[torch.dtype, Sequence[int]]], read: Callable[[str], Tensor]) -> tuple[int, str]:
-    """Write and sync a safetensors file of (dtype, shape) by name, asking `read` for one CPU tensor at a time; its bytes and hash. Raises OSError.
-
-    By hand, since the library's writer wants all tensors at once, and a thread must not keep the interpreter from the one that trains.
-    """
-    names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))  # each tensor then starts at a multiple of its element size
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in names:
-        dtype, shape = layout[name]
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [position, position := position + math.prod(shape) * dtype.itemsize]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    hashed = xxhash.xxh3_128()
-    with path.open("wb") as file:
-
-        def write(part: Any) -> None:
-            file.write(part)
-            hashed.update(part)
-
-        write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            content = read(name).reshape(-1).contiguous().view(torch.uint8).numpy()
-            for start in range(0, len(content), _BLOCK):
-                write(content[start : start + _BLOCK])
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell(), hashed.hexdigest()
 
 
 def _write_json(path: Path, content: Any, indent: int | None = None) -> tuple[int, str]:
@@ -495,20 +450,21 @@ class _Pieces:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.index = folder, Index.read(folder)
-        self._files: dict[int, Any] = {}
+        self._files = MappedFiles()
 
     def close(self) -> None:
         """Take the pages of the files out of memory; they are opened again when they are needed."""
-        self._files.clear()
+        self._files.close()
 
     def fill(self, name: str, key: str, start: int, out: Tensor) -> None:
         """Copy elements start .. start + len(out) of a flattened parameter's tensor into `out`."""
         filled = 0
         for part in self.index.parts(name, start, out.numel()):
-            if part.rank not in self._files:
-                self._files[part.rank] = safe_open(self.folder / _rank_file(part.rank), "pt")
-            piece = self._files[part.rank].get_slice(f"{name}|{key}")[part.offset : part.offset + part.numel]
-            out[part.start : part.start + part.numel].copy_(piece)
+            for done in range(0, part.numel, _BLOCK_ELEMENTS):
+                numel = min(_BLOCK_ELEMENTS, part.numel - done)
+                first = part.offset + done
+                piece = self._files.read_part(self.folder / _rank_file(part.rank), f"{name}|{key}", first, first + numel)
+                out[part.start + done : part.start + done + numel].copy_(piece)
             filled += part.numel
         if filled != out.numel():
             raise CheckpointError(
@@ -598,6 +554,19 @@ def fill(model: nn.Module, folder: Path, prefix: str = _PREFIX) -> dict[str, Ten
     return left_over
 
 
+def require_fits(folder: Path, model: nn.Module, prefix: str = _PREFIX, is_spare: Callable[[str], bool] = lambda name: False) -> None:
+    """Raise CheckpointError unless a checkpoint holds a model's parameters and persistent buffers in their shapes, and no others but what `is_spare`."""
+    places = dict(model.named_parameters()) | persistent_buffers(model)
+    shapes: dict[str, Sequence[int]] = {name.removeprefix(prefix): parameter["shape"] for name, parameter in Index.read(folder).parameters.items()}
+    shapes |= {name: value.shape for name, value in _buffers_of_model(folder, prefix).items()}
+    strange = sorted(name for name in shapes if name not in places and not is_spare(name))
+    if strange:
+        raise CheckpointError(f"{folder}: has {strange[0]}, which the model has no place for; it was written by another model.")
+    _require_all(folder, places, shapes)
+    for name, place in places.items():
+        _require_shape(folder, name, shapes[name], place.shape)
+
+
 def _require_shape(folder: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
     if tuple(found) != tuple(expected):
         raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, the model's is {tuple(expected)}; it was written by another model.")
@@ -609,42 +578,26 @@ def _require_all(folder: Path, places: Iterable[str], found: Collection[str]) ->
         raise CheckpointError(f"{folder}: lacks {len(missing)} of the model's tensors, such as {missing[0]}; it was written by another model.")
 
 
-def write_model(folder: Path, student: Path, out: Path, dtype: torch.dtype, shard_bytes: int = 5 * 10**9) -> None:
+def write_model(folder: Path, student: Path, out: Path, dtype: torch.dtype) -> None:
     """Write a sound checkpoint's latent weights as a Hugging Face directory, in fp32 or bf16, with one tensor in memory at a time and without a GPU.
 
     `student` holds what a model has but its weights (`RunDir.student`). A quantized student's latent weights are those *before* fake quantization: a float
-    model to look at or to train on. Its learned scales, which a float model has no place for, are left out; the packed artifact has what was trained. Weights
-    are in files of at most `shard_bytes`, tied ones once. Raises CheckpointError when `out` exists, when it cannot be written, and for another model.
+    model to look at or to train on. Its learned scales, which a float model has no place for, are left out; the packed artifact has what was trained. Tied
+    weights are stored once. Raises CheckpointError when `out` exists, when it cannot be written, and for another model.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists, and nothing is overwritten. Give another directory, or remove it.")
     model = meta_model(student)
-    places = {name: tuple(value.shape) for name, value in (dict(model.named_parameters()) | persistent_buffers(model)).items()}
+    require_fits(folder, model, is_spare=is_learned_scale)
     pieces, buffers = _Pieces(folder), _buffers_of_model(folder, _PREFIX)
-    shapes = {name.removeprefix(_PREFIX): tuple(parameter["shape"]) for name, parameter in pieces.index.parameters.items()}
-    shapes |= {name: tuple(value.shape) for name, value in buffers.items()}
-    strange = sorted(name for name in shapes if name not in places and not is_learned_scale(name))
-    if strange:
-        raise CheckpointError(f"{folder}: has {strange[0]}, which the model of {student} has no place for; it was written by another model.")
-    _require_all(folder, places, shapes)
-    for name, expected in places.items():
-        _require_shape(folder, name, shapes[name], expected)
+    places = dict(model.named_parameters()) | persistent_buffers(model)
 
-    def read(name: str) -> Tensor:
-        value = buffers[name] if name in buffers else pieces.whole(_PREFIX + name)
-        return value.to(dtype) if value.is_floating_point() else value
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in places:
+            value = buffers[name] if name in buffers else pieces.whole(_PREFIX + name)
+            yield name, value.to(layout[name][0])
 
-    dtypes = {name: buffers[name].dtype if name in buffers and not buffers[name].is_floating_point() else dtype for name in places}
-    shards: list[list[str]] = []
-    room = 0
-    for name, shape in places.items():
-        size = math.prod(shape) * dtypes[name].itemsize
-        if size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    total = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in places.items())
+    layout: Layout = {name: (dtype if place.is_floating_point() else place.dtype, place.shape) for name, place in places.items()}
     partial = out.with_name(f".tmp-{out.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -653,18 +606,13 @@ def write_model(folder: Path, student: Path, out: Path, dtype: torch.dtype, shar
             shutil.copy(file, partial)
         config = json.loads((student / "config.json").read_text())
         write_text(partial / "config.json", json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2))  # transformers loads in this one
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, 1):
-            file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(partial / file_name, {name: (dtypes[name], places[name]) for name in names}, read)
-            weight_map |= dict.fromkeys(names, file_name)
-        if len(shards) > 1:
-            write_text(partial / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+        write_model_files(partial, layout, tensors())
         for path in partial.iterdir():
             sync_path(path)
         partial.rename(out)
         sync_path(out.parent)
     except OSError as error:
+        total = sum(num_bytes(*tensor) for tensor in layout.values())
         raise CheckpointError(f"{out}: could not be written ({error}). It takes {total:,} bytes; free space there, then try again.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

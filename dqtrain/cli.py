@@ -252,12 +252,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", "measure on this machine, side by side", "dqtrain bench quantizers")
     bench.add_argument(
         "what",
-        choices=["quantizers", "head", "terms", "memory", "checkpoint", "offload", "sharding", "data", "artifact"],
+        choices=["quantizers", "head", "terms", "memory", "checkpoint", "offload", "sharding", "data", "artifact", "export"],
         help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss; terms: what each adds to a step; "
         "memory: bytes of real engines beside those of `dqtrain plan` (8 GB, minutes); checkpoint: saving and loading; "
         "offload: memory with optimizer and weights on a disk; "
         "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk); data: reading samples, beside other libraries; "
-        "artifact: a packed artifact beside float models, in size, memory and speed",
+        "artifact: a packed artifact beside float models, in size, memory and speed; export: memory of exporting 1.5 billion parameters (13 GB of disk)",
     )
     generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main(" --mode fast')
     generate.add_argument(

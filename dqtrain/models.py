@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -27,7 +27,8 @@ from dqtrain.data.stream import IGNORED, Batch
 from dqtrain.errors import ConfigError, DataError
 from dqtrain.quant.activation import padding_of
 from dqtrain.quant.attention import show_attention
-from dqtrain.quant.modules import keep_in_int8, set_own_class
+from dqtrain.quant.modules import keep_in_int8, set_own_class, values_of
+from dqtrain.tensor_file import MappedFiles
 
 logging.disable_progress_bar()  # a bar per loaded model would break the run's own
 
@@ -354,6 +355,49 @@ def _read_memory(flat: Tensor, start: int, out: Tensor) -> None:
     out.copy_(flat[start : start + out.numel()])
 
 
+def leave_in_files(model: nn.Module, read: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Let a model on the meta device compute without ever being whole, in place: a module reads its own parameters when it is called, and drops them behind the call.
+
+    `read`: what gives each parameter and persistent buffer, fp32, by its first name. `quant.modules.values_of` gives what a parameter holds. Buffers and
+    single numbers are read at once: a learned step is looked at from outside of its module.
+    """
+    for names, tensor in list(by_names(model)):
+        if not isinstance(tensor, nn.Parameter):
+            tensor.copy_(read[names[0]]())
+        elif tensor.numel() == 1:
+            number = nn.Parameter(read[names[0]](), requires_grad=False)
+            for owner, _, key in (name.rpartition(".") for name in names):
+                model.get_submodule(owner)._parameters[key] = number
+        else:
+            tensor.read = read[names[0]]  # type: ignore[attr-defined]
+    for module in model.modules():
+        if any(parameter is not None for parameter in module._parameters.values()):
+            left = dict(module._parameters)
+            module.register_forward_pre_hook(functools.partial(_take, left))
+            module.register_forward_hook(functools.partial(_drop, left), always_call=True)
+
+
+def whole_tensors(weights: Mapping[str, Reader], model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """For `leave_in_files`, of readers."""
+    return {names[0]: functools.partial(_read_whole, weights[names[0]], tensor.shape) for names, tensor in by_names(model)}
+
+
+def _read_whole(read: Reader, shape: torch.Size) -> Tensor:
+    out = torch.empty(shape)
+    read(0, out.view(-1))
+    return out
+
+
+def _take(left: dict[str, nn.Parameter | None], module: nn.Module, inputs: Any) -> None:
+    module._parameters.update({key: None if p is None else nn.Parameter(values_of(p), requires_grad=False) for key, p in left.items()})
+
+
+def _drop(left: dict[str, nn.Parameter | None], module: nn.Module, inputs: Any, output: Any) -> None:
+    module._parameters.update(left)
+
+
+_ROWS_BYTES = 2**26
+
 BLOCK_ELEMENTS = 2**18
 """Elements of a matrix that are looked at together while its int8 codes are made: 1 MB in fp32, which fits a core's cache."""
 
@@ -444,7 +488,7 @@ def open_weights(folder: Path, model: PreTrainedModel) -> dict[str, Reader]:
     (experts that transformers puts together, old names, files of pickles) transformers loads the directory whole, into this rank's memory.
     Raises ConfigError for tensors that are missing, damaged, or of another shape.
     """
-    stored = _stored(folder)
+    stored, files = stored_tensors(folder), MappedFiles()
     prefix = f"{model.base_model_prefix}."
     found: dict[str, Reader] = {}
     for names, tensor in by_names(model):
@@ -452,27 +496,24 @@ def open_weights(folder: Path, model: PreTrainedModel) -> dict[str, Reader]:
         key = next((spelling for spelling in spelt if spelling in stored), None)
         if key is None:
             return readers_of(load_model(folder).state_dict())
-        piece = stored[key].get_slice(key)
-        if tuple(piece.get_shape()) != tuple(tensor.shape):
-            raise ConfigError(
-                f"{folder}: {key} has shape {tuple(piece.get_shape())}, but config.json makes it {tuple(tensor.shape)}. Save the model again whole."
-            )
-        found |= dict.fromkeys(names, functools.partial(_read_slice, piece))
+        shape = tuple(files.open(stored[key]).get_slice(key).get_shape())
+        if shape != tuple(tensor.shape):
+            raise ConfigError(f"{folder}: {key} has shape {shape}, but config.json makes it {tuple(tensor.shape)}. Save the model again whole.")
+        found |= dict.fromkeys(names, functools.partial(_read_slice, files, stored[key], key, shape))
     return found
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    """Tensor -> the open safetensors file that holds it; empty where there is no such file."""
+def stored_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor -> the safetensors file that holds it; empty where there is no such file. Raises ConfigError for files that cannot be read."""
     index = folder / "model.safetensors.index.json"
     try:
         if (folder / "model.safetensors").is_file():
             files = ["model.safetensors"]
         else:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-        opened = [safe_open(folder / Path(file).name, "pt") for file in files]
+        return {key: path for path in (folder / Path(file).name for file in files) for key in MappedFiles().open(path).keys()}  # noqa: SIM118 - no dict
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{folder}: its safetensors files cannot be read ({error}). Save the model again with save_pretrained.") from None
-    return {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
 
 
 def by_names(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
@@ -484,14 +525,17 @@ def by_names(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
         yield found, tensor
 
 
-def _read_slice(piece: Any, start: int, out: Tensor) -> None:
-    """Read the rows that hold these elements, and no others."""
-    rows, *rest = piece.get_shape() or [1]
-    inner = math.prod(rest)
-    stop = start + out.numel()
-    first = start // inner
-    part = piece[first : -(-stop // inner)] if piece.get_shape() else piece[...]
-    out.copy_(part.reshape(-1)[start - first * inner : stop - first * inner])
+def _read_slice(files: MappedFiles, path: Path, key: str, shape: tuple[int, ...], start: int, out: Tensor) -> None:
+    """Read the rows that hold these elements, and no others, so few at a time that the file's pages do not fill the memory."""
+    if not shape:
+        out.copy_(files.read(path, key).reshape(-1))
+        return
+    inner, end = math.prod(shape[1:]), start + out.numel()
+    step = max(1, _ROWS_BYTES // (4 * inner)) * inner
+    for begin in range(start // inner * inner, end, step):
+        low, high = max(begin, start), min(begin + step, end)
+        part = files.read_part(path, key, begin // inner, -(-high // inner))
+        out[low - start : high - start].copy_(part.reshape(-1)[low - begin : high - begin])
 
 
 @torch.no_grad()

@@ -466,15 +466,23 @@ def _read_owner(path: Path) -> dict[str, Any] | None:
 
 
 def model_directory(path: Path) -> Path:
-    """A Hugging Face directory as it is, or that of a hub id; for a run, the one it exported. Raises CheckpointError or ConfigError when there is none."""
+    """A Hugging Face directory as it is, or that of a hub id; for a float run, the one it exported. Raises CheckpointError for an unfinished run, ConfigError for a quantized one.
+
+    A quantized run's directory of floats, where there is one, computes without activation quantizers, so not what was trained: it is a model for those who name it.
+    """
     path = hub.directory(path)
     run = RunDir(path)
     if not run.config.is_file():
         return path
     run.load_result()
     folder = run.artifact("hf")
+    if run.load_config().quant is not None:
+        raise ConfigError(
+            f"{path} is a quantized run, which is no float model. Name an unquantized run, or a Hugging Face directory: {folder}, by `dqtrain export {path} --to hf`, "
+            "holds the values of its codes, with float activations."
+        )
     if not folder.is_dir():
-        raise ConfigError(f"{path} is a quantized run, which has no float model. Name an unquantized run, or a Hugging Face directory.")
+        raise ConfigError(f"{folder} is not there, which the run exported when it ended. Make it again with `dqtrain export {path}`.")
     return folder
 
 

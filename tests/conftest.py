@@ -33,6 +33,17 @@ def kill(*pids: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def edit_description(folder: Path, change) -> None:
+    """Change what an artifact.json says, and let it say so with a hash that fits."""
+    from dqtrain.artifact.description import sealed
+
+    path = folder / "artifact.json"
+    content = json.loads(path.read_text())
+    del content["xxh3_128"]
+    change(content)
+    path.write_text(sealed([f'"{key}": {json.dumps(value)}' for key, value in content.items()]))
+
+
 WORDS = "the a cat dog bird sees finds eats red small old house tree river and then slowly under over".split()
 
 

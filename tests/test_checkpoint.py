@@ -21,10 +21,9 @@ from hypothesis import strategies
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from dqtrain import checkpoint
+from dqtrain import checkpoint, tensor_file
 from dqtrain.bench.checkpoint import owned
 from dqtrain.errors import CheckpointError
-from dqtrain.files import digest
 from dqtrain.quant.modules import is_learned_scale
 
 STAGES = (1, 2, 3)
@@ -510,26 +509,6 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(saved, rank):
 # --- weights for others
 
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
-
-
-@hypothesis.given(
-    strategies.dictionaries(
-        strategies.text(min_size=1, max_size=5).filter(lambda name: name != "__metadata__"),
-        strategies.tuples(strategies.sampled_from(DTYPES), strategies.lists(strategies.integers(0, 4), max_size=3)),
-        max_size=6,
-    )
-)
-def test_written_tensors_are_what_safetensors_reads(tmp_path_factory, layout):
-    path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
-    tensors = {name: torch.randn(shape).mul(9).to(dtype) for name, (dtype, shape) in layout.items()}
-    size, hash = checkpoint.write_tensors(path, layout, tensors.__getitem__)
-    found = load_file(path)
-    assert found.keys() == tensors.keys()
-    assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in tensors.items())
-    assert size == path.stat().st_size and hash == digest(path)
-
-
 @pytest.fixture
 def student(tmp_path):
     """What a run keeps of its student besides weights."""
@@ -540,9 +519,10 @@ def student(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_becomes_a_model_directory(saved, student, tmp_path, dtype):
+def test_a_checkpoint_becomes_a_model_directory(saved, student, tmp_path, dtype, monkeypatch):
     out, folder = tmp_path / "out", step(saved / "stage-3", 2)
-    checkpoint.write_model(folder, student, out, dtype, shard_bytes=20_000)
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 20_000)
+    checkpoint.write_model(folder, student, out, dtype)
     model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and model.dtype == dtype
     expected = whole(folder)

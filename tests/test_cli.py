@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from dqtrain.artifact.description import read
+
 
 @pytest.fixture(scope="module")
 def chain(world, tmp_path_factory):
@@ -75,7 +77,7 @@ def test_a_run_with_every_kind_of_quantizer_ends_with_its_proof(make_run):
     assert code == 0, output
     parity = result(run)["export"]["parity"]
     assert parity["relative_logit_difference"] == 0.0
-    about = json.loads((run.path / "artifact/packed/artifact.json").read_text())
+    about = read((run.path / "artifact/packed/artifact.json").read_text())
     assert {row["quantizer"]["grid"] for row in about["coverage"] if row["quantizer"]} == {"lsq", "seq", "dynamic", "affine"}
     code, again = run.dqtrain("eval", str(run.path / "artifact/packed"), "--data", str(run.config), "--tokens-per-sample", "16")
     assert code == 0 and json.loads(again.splitlines()[-1])["loss"] > 0

@@ -206,10 +206,20 @@ def test_model_directory(run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="unfinished"):
         model_directory(run.path)
     write_text(run.result, "{}")
-    with pytest.raises(ConfigError, match="quantized run"):
+    with pytest.raises(ConfigError, match=r"artifact/hf is not there, which the run exported .* Make it again with `dqtrain export"):
         model_directory(run.path)
     run.artifact("hf").mkdir(parents=True)
     assert model_directory(run.path) == run.artifact("hf")
+
+
+def test_a_quantized_run_is_no_model_directory_whatever_it_exported(run: RunDir) -> None:
+    quant = {"linears": {"bits": 2, "granularity": "per_row"}, "embeddings": None, "positions": None, "activations": None}
+    run.claim(validate(_config(run.path).model_dump(mode="json") | {"quant": quant}, "test"))
+    write_text(run.result, "{}")
+    run.artifact("hf").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"is a quantized run, which is no float model.*artifact/hf, by `dqtrain export .* --to hf`, holds"):
+        model_directory(run.path)
+    assert model_directory(run.artifact("hf")) == run.artifact("hf")  # named itself, it is what it is
 
 
 def test_events_in_order(run: RunDir) -> None:

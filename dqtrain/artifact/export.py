@@ -1,28 +1,34 @@
 """A finished run's checkpoint -> verified artifacts: packed codes of a quantized student and what is made of them, a Hugging Face directory of a float one."""
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from dqtrain.artifact import format, parity
+from dqtrain.artifact.card import model_card
 from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed, refuse_settings
 from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
-from dqtrain.artifact.load import load_artifact, trained_model
+from dqtrain.artifact.load import trained_in_files
 from dqtrain.artifact.pretrained import name_in_config
 from dqtrain.artifact.target import RuntimeTarget
 from dqtrain.config import Export, RunConfig, Target
 from dqtrain.data.stream import AnyStream
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import sync_path, write_text
-from dqtrain.models import by_names, read_model_config
-from dqtrain.quant.modules import Coverage, float_bytes, served_parameters
+from dqtrain.models import meta_model, read_model_config
+from dqtrain.quant.modules import Coverage, float_bytes, is_learned_scale, latent_heads, served_parameters
 from dqtrain.rundir import RunDir
+from dqtrain.tensor_file import write_model_files
 
 
 class Runtime(NamedTuple):
@@ -41,27 +47,31 @@ RUNTIMES: dict[Target, Runtime] = {
 """Targets that a program of its own runs, each proven in it (`parity.verify_target`)."""
 
 
-def export(run: RunDir, folder: Path, asked: Export | None = None, held_out: AnyStream | None = None) -> dict[str, Any]:
+def export(
+    run: RunDir, folder: Path, asked: Export | None = None, held_out: AnyStream | None = None, scores: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write, verify and only then publish the artifacts of a checkpoint folder: of each target path, sizes and parity, the first one's outside `others`.
 
     `asked`: which targets and how (default: what the run's config says). All of a quantized student are made of the codes of its packed
-    artifact, which is written first unless it is there. A runtime is compared on `held_out` text. Raises ConfigError for what a target cannot
-    hold, CheckpointError when one cannot be written or does not compute what was trained; an older artifact then stays.
+    artifact, which is written first unless it is there, and no weight but the one at work is in memory. A runtime is compared on `held_out` text. `scores`
+    are for the model cards: step and test (default: those of result.json). Raises ConfigError for what a target cannot hold, CheckpointError when one
+    cannot be written or does not compute what was trained; an older artifact then stays.
     """
     config = run.load_config()
     asked = asked or config.export
     targets = targets_of(config, asked)
     about = check_targets(config, asked, read_model_config(run.student), _coverage(run) if config.quant else None, run.student)
-    model = trained_model(run, folder)
+    model = trained_in_files(run, folder)
+    scores = scores or run.load_result()
     first: Target = "hf" if config.quant is None else "packed"
     results: dict[Target, dict[str, Any]] = {}
     if first in targets or not _is_packed(run, folder):
-        results[first] = _hf(run, model) if config.quant is None else _packed(run, model, folder, config)
+        results[first] = _hf(run, model, scores) if config.quant is None else _packed(run, model, folder, config, scores)
     for target in targets:
         if target in RUNTIMES:
-            results[target] = _for_runtime(target, run, model, asked, held_out) | {"notes": about[target]}
+            results[target] = _for_runtime(target, run, model, asked, held_out, scores) | {"notes": about[target]}
         elif target not in results:
-            results[target] = _hf(run, model)
+            results[target] = _hf(run, model, scores)
     last = targets[0] if first not in results else first
     return results.pop(last) | ({"others": results} if results else {})
 
@@ -123,15 +133,19 @@ def _published(run: RunDir, target: Target) -> Iterator[Path]:
         ) from None
 
 
-def _figures(model: PreTrainedModel, folder: Path, size: int, found: dict[str, Any]) -> dict[str, Any]:
-    return {"path": str(folder), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": found}
+def _figures(run: RunDir, target: Target, model: PreTrainedModel, folder: Path, size: int, found: dict[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a target, which is left in its folder too: parity.json, and README.md for people."""
+    figures = {"path": str(run.artifact(target)), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": found}
+    write_text(folder / "parity.json", json.dumps(found, indent=1))
+    write_text(folder / "README.md", model_card(run, target, figures, scores, model.config.is_encoder_decoder))
+    return figures
 
 
 def _weights_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
 
 
-def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig) -> dict[str, Any]:
+def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig, scores: Mapping[str, Any]) -> dict[str, Any]:
     assert config.quant is not None
     with _published(run, "packed") as partial:
         _copy_student(run, partial)
@@ -139,33 +153,41 @@ def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig
         about = {"activations": activations, "checkpoint": folder.name, "coverage": json.loads(run.coverage.read_text())}
         format.write(model, partial, about)
         name_in_config(partial)
-        found = parity.verify(model, partial)
-        write_text(partial / "parity.json", json.dumps(found, indent=1))
-    return _figures(model, run.artifact("packed"), _weights_bytes(run.artifact("packed")), found)
+        return _figures(run, "packed", model, partial, _weights_bytes(partial), parity.verify(model, partial), scores)
 
 
-def _hf(run: RunDir, model: PreTrainedModel) -> dict[str, Any]:
+def _hf(run: RunDir, model: PreTrainedModel, scores: Mapping[str, Any]) -> dict[str, Any]:
     """Floats that transformers loads without dqtrain: what forward computed with. Quantized activations become floats."""
-    is_quantized = run.load_config().quant is not None
-    plain = load_artifact(run.artifact("packed"), mode="dense") if is_quantized else None
+    packed = run.artifact("packed") if run.load_config().quant is not None else None
+    plain = meta_model(run.student)
+    buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not isinstance(tensor, nn.Parameter)}
+
+    def original(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """One of our model's tensors as its family's files have it: experts one by one."""
+        return revert_weight_conversion(plain, {name: tensor})
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, value in itertools.chain(served_parameters(model), buffers.items()):
+            if not is_learned_scale(name):
+                yield from original(name, value).items()
+
+    shapes = [*model.named_parameters(), *latent_heads(model), *buffers.items()]
+    stored = [pair for name, tensor in shapes if not is_learned_scale(name) for pair in original(name, torch.empty_like(tensor, device="meta")).items()]
     with _published(run, "hf") as partial:
         _copy_student(run, partial)
-        served = {} if is_quantized else dict(served_parameters(model))
-        source = plain if plain is not None else model
-        source.save_pretrained(partial, state_dict={name: served.get(names[0], tensor) for names, tensor in by_names(source) for name in names})
-        found = parity.verify(model, partial, plain)
-        write_text(partial / "parity.json", json.dumps(found, indent=1))
-    return _figures(model, run.artifact("hf"), _weights_bytes(run.artifact("hf")), found)
+        config = json.loads((partial / "config.json").read_text()) | {"architectures": [type(plain).__name__], "dtype": "float32"}
+        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        write_model_files(partial, {name: (tensor.dtype, tensor.shape) for name, tensor in stored}, tensors())
+        return _figures(run, "hf", model, partial, _weights_bytes(partial), parity.verify(model, partial, packed), scores)
 
 
-def _for_runtime(name: Target, run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None) -> dict[str, Any]:
+def _for_runtime(name: Target, run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None, scores: Mapping[str, Any]) -> dict[str, Any]:
     packed = run.artifact("packed")
     with _published(run, name) as partial, format.PackedTensors(packed, format.read_description(packed)) as tensors:
         target = RUNTIMES[name].target(tensors, model.config, asked)
         target.write(partial)
         found = parity.verify_target(model, packed, partial, target, held_out, asked.allow_inexact)
-        write_text(partial / "parity.json", json.dumps(found, indent=1))
-    return _figures(model, run.artifact(name), found["bytes"]["file"], found)
+        return _figures(run, name, model, partial, found["bytes"]["file"], found, scores)
 
 
 def _copy_student(run: RunDir, folder: Path) -> None:

@@ -1,28 +1,42 @@
 """An artifact, or any model directory or run, as a transformers model that computes what was trained."""
 
+import functools
 import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import offload_weight, save_offload_index
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TextStreamer
 
 from dqtrain import checkpoint
+from dqtrain.artifact import format
 from dqtrain.artifact.load_compressed import is_compressed, load_compressed
 from dqtrain.artifact.pretrained import DTYPES, METHOD
-from dqtrain.config import Generation
+from dqtrain.config import ActivationQuant, Generation
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.generation import generate as write
-from dqtrain.models import by_names, empty_model, load_model, meta_model, model_class, open_head, open_weights, read_model_config
-from dqtrain.quant.modules import quantize_model, round_matrices
+from dqtrain.models import (
+    by_names,
+    empty_model,
+    leave_in_files,
+    load_model,
+    meta_model,
+    model_class,
+    open_head,
+    open_weights,
+    read_model_config,
+    stored_tensors,
+    whole_tensors,
+)
+from dqtrain.quant.modules import quantize_activations, quantize_model, round_matrices
 from dqtrain.rundir import RunDir
 from dqtrain.world import World
 
@@ -53,6 +67,53 @@ def trained_model(run: RunDir, folder: Path) -> PreTrainedModel:
     if left_over:
         raise CheckpointError(f"{folder}: holds {', '.join(sorted(left_over)[:3])}, which the student of {run.config} does not have. Restore that file.")
     return model.eval()
+
+
+def trained_in_files(run: RunDir, folder: Path) -> PreTrainedModel:
+    """As `trained_model`, but its parameters stay in the checkpoint, and each is read when it is needed. Raises CheckpointError for another model's."""
+    model = _as_trained(meta_model(run.student), run)
+    checkpoint.require_fits(folder, model)
+    leave_in_files(model, whole_tensors(checkpoint.readers(folder, model), model))
+    return model
+
+
+def artifact_in_files(path: Path, mode: str = "exact") -> PreTrainedModel:
+    """The model of a packed artifact in mode `exact` or `dense`, or of a Hugging Face directory, whose parameters stay in the files: for one that does not fit memory."""
+    config = read_model_config(path)
+    if not (path / "artifact.json").is_file():
+        model = meta_model(config)
+        _untie(model, stored_tensors(path))
+        leave_in_files(model, whole_tensors(open_weights(path, model), model))
+        return model
+    about = format.read_description(path)
+    packed = format.PackedTensors(path, about)
+    config.__dict__.pop("quantization_config", None)
+    model = meta_model(config)
+    if mode == "exact":
+        quantize_activations(model, packed.coverage, about["activations"] and ActivationQuant(**about["activations"]))
+    stored = {*packed.quantized, *packed.floats}
+    _untie(model, stored)
+    read: dict[str, Callable[[], Tensor]] = {}
+    for names, tensor in by_names(model):
+        found = next((name for name in names if name in stored), None)
+        if found is None and isinstance(tensor, nn.Parameter):
+            raise CheckpointError(f"{path}: has no tensor {names[0]}, which {type(model).__name__} needs. Export the run again.")
+        read[names[0]] = functools.partial(torch.zeros, tensor.shape) if found is None else functools.partial(_floats, packed, found)
+    leave_in_files(model, read)
+    return model
+
+
+def _floats(packed: format.PackedTensors, name: str) -> Tensor:
+    return packed.value(name).float()
+
+
+def _untie(model: PreTrainedModel, stored: Collection[str]) -> None:
+    """Give each name of a tied parameter that has a tensor of its own a parameter of its own: a head that reads the table before rounding."""
+    for names, _ in list(by_names(model)):
+        for name in [name for name in names if name in stored][1:]:
+            owner, _, key = name.rpartition(".")
+            parameter = model.get_parameter(name)
+            model.get_submodule(owner)._parameters[key] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
 
 
 def _as_trained(model: PreTrainedModel, run: RunDir) -> PreTrainedModel:

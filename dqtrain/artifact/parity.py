@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dqtrain.artifact.format import read_description
-from dqtrain.artifact.load import load_any, load_artifact
+from dqtrain.artifact.load import artifact_in_files, load_any, load_artifact
 from dqtrain.artifact.size import float_part
 from dqtrain.artifact.target import Runner, RuntimeTarget
 from dqtrain.data.prepare import load_tokenizer
@@ -26,7 +26,7 @@ from dqtrain.data.stream import IGNORED, AnyStream
 from dqtrain.errors import CheckpointError
 from dqtrain.models import Inputs, LanguageModel
 from dqtrain.quant.activation import ActivationQuantizer
-from dqtrain.quant.modules import Coverage, is_learned_scale, quantize_activations, served_parameters
+from dqtrain.quant.modules import Coverage, float_bytes, is_learned_scale, quantize_activations, served_parameters, values_of
 
 LOGITS_TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest logit: the same values through the same kernels, but perhaps at other addresses."""
@@ -38,30 +38,42 @@ NUM_TOKENS = 512
 """Target tokens of held-out text that a runtime is compared on, or a few more, to the end of a sample; an eighth of the samples one by one."""
 
 
-@torch.no_grad()
-def verify(trained: PreTrainedModel, folder: Path, reference: PreTrainedModel | None = None) -> dict[str, Any]:
-    """Compare a trained (fake-quantized or float) model with what its exported folder loads as; the figures. Logits are those of `reference`, if another.
+WHOLE_BYTES = 2**30
+"""What a student may take as floats for its artifact to be loaded whole, as its users do. A larger one is read from its files, a module at a time."""
 
-    Raises CheckpointError that names the first tensor which is not bit-identical to the trained grid, or the difference of the logits.
+
+def _fits(trained: PreTrainedModel) -> bool:
+    return float_bytes(trained) <= WHOLE_BYTES
+
+
+@torch.no_grad()
+def verify(trained: PreTrainedModel, folder: Path, packed: Path | None = None) -> dict[str, Any]:
+    """Compare a trained (fake-quantized or float) model with what its exported folder loads as; the figures.
+
+    Logits are those of the student, or, for a folder whose activations are float, those of its `packed` artifact without activation quantizers. Raises
+    CheckpointError that names the first tensor which is not bit-identical to the trained grid, or the difference of the logits.
     """
-    loaded = load_any(folder)
+    loaded = load_any(folder) if _fits(trained) else artifact_in_files(folder)
     found = dict(loaded.named_parameters())
     num_tensors = 0
     for name, tensor in served_parameters(trained):
-        if reference is not None and is_learned_scale(name):
+        if packed is not None and is_learned_scale(name):
             continue  # of activations, which stay float there
         num_tensors += 1
-        if name not in found or not torch.equal(found[name], tensor):
-            difference = (found[name] - tensor).abs().max().item() if name in found else float("nan")
+        value = values_of(found[name]) if name in found else torch.tensor(torch.nan)
+        if not torch.equal(value, tensor):
+            difference = (value - tensor).abs().max().item()
             raise CheckpointError(
                 f"{folder}: {name} is not what was trained (largest difference {difference}); do not use this artifact, and report this as a bug."
             )
+        del value, tensor  # before the next ones are made
     vocab_size = trained.config.vocab_size
     tokens = min(32, getattr(trained.config, "max_position_embeddings", 32))
     ids = torch.randint(vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
     here = torch.ones_like(ids, dtype=torch.bool)
     inputs = Inputs(ids, here, ids.flip(1), here) if trained.config.is_encoder_decoder else Inputs(ids, here)
-    ours, theirs = LanguageModel((reference or trained).eval()).logits(inputs), LanguageModel(loaded).logits(inputs)
+    reference = trained if packed is None else _artifact(trained, packed, "dense")
+    ours, theirs = LanguageModel(reference.eval()).logits(inputs), LanguageModel(loaded).logits(inputs)
     difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
     if not difference <= LOGITS_TOLERANCE:
         raise CheckpointError(
@@ -72,6 +84,10 @@ def verify(trained: PreTrainedModel, folder: Path, reference: PreTrainedModel | 
         "relative_logit_difference": difference,
         "top1_agreement": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
     }
+
+
+def _artifact(trained: PreTrainedModel, packed: Path, mode: str = "exact") -> PreTrainedModel:
+    return load_artifact(packed, mode) if _fits(trained) else artifact_in_files(packed, mode)
 
 
 class _Sample(NamedTuple):
@@ -118,11 +134,11 @@ def _samples(held_out: AnyStream | None, config: Any) -> list[_Sample]:
     return samples or _samples(None, config)
 
 
-def _with_8_bit_inputs(packed: Path, about: dict[str, Any]) -> PreTrainedModel:
+def _with_8_bit_inputs(trained: PreTrainedModel, packed: Path, about: dict[str, Any]) -> PreTrainedModel:
     """The student with 8-bit activations: its own, or where it has others those that `activations: {bits: 8}` gives."""
     if about["activations"] and about["activations"]["bits"] == 8:
-        return load_artifact(packed)
-    model = load_artifact(packed, mode="dense")
+        return _artifact(trained, packed)
+    model = _artifact(trained, packed, "dense")
     rows = Coverage.from_json(json.dumps(about["coverage"])).rows
     inputs = [replace(row, input_quantizer=ActivationQuantizer("input", 8, "per_token")) for row in rows if row.quantizer]
     quantize_activations(model, Coverage(inputs), None)
@@ -142,9 +158,9 @@ def verify_target(
     samples = _samples(held_out, trained.config)
     longest = max(max(len(sample.ids), 0 if sample.source is None else len(sample.source)) for sample in samples)
     figures["tokenizer"] = {"texts": 0} if held_out is None else _verify_tokenizer(folder, packed, target, samples)
-    plain, noisy, as_trained = (
-        [sample.of(LanguageModel(made)) for sample in samples]
-        for made in (load_artifact(packed, mode="dense"), _with_8_bit_inputs(packed, about), load_artifact(packed))
+    plain, noisy, as_trained = (  # one model at a time
+        [sample.of(model) for model in (LanguageModel(make()),) for sample in samples]
+        for make in (lambda: _artifact(trained, packed, "dense"), lambda: _with_8_bit_inputs(trained, packed, about), lambda: _artifact(trained, packed))
     )
     noise = _relative_l2(noisy, plain)
     with target.with_float_activations(folder, longest) as runner:

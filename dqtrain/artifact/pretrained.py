@@ -114,7 +114,7 @@ class PackedQuantizer(HfQuantizer):
                     )
                 elif found in packed.quantized:
                     self.names[name] = found
-            self.quantizers = packed.quantized
+            self.quantizers, self.shapes = packed.quantized, {name: packed.shape(name) for name in packed.quantized}
             if self.quantization_config.mode == "fast":
                 self.names = fast.make_room(model, packed, self.names)
         # What is missing for transformers is tied, 0, or filled in below, and what it does not expect are codes and learned steps: all was looked at above.
@@ -128,8 +128,7 @@ class PackedQuantizer(HfQuantizer):
         conversions = []
         for name in dict.fromkeys(self.names.values()):
             patterns = [f"^{re.escape(key)}$" for key in keys_of(name, self.quantizers[name])]
-            shape = tuple(self.about["packed"][name]["shape"])
-            conversions.append(WeightConverter(patterns, name, [_Unpack(patterns, self.quantizers[name], shape)]))
+            conversions.append(WeightConverter(patterns, name, [_Unpack(patterns, self.quantizers[name], self.shapes[name])]))
         return conversions
 
     @torch.no_grad()

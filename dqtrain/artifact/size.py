@@ -3,44 +3,24 @@
 The papers (QuantGPT, QuantBART, DQ-BART, TBT) bill Transformer matrices and word embeddings at their bits, a ternary weight at 2, and
 positions, norms and biases at 32; the tied head once, scales of matrices not at all. BART's published sizes hold one fp32 scale
 per word besides. `artifact_bytes` predicts what `format.write` will write, to the byte.
-
-A safetensors file (https://github.com/huggingface/safetensors#format) is 8 bytes, the length of the header; the header, JSON without
-spaces that is filled up with spaces to a multiple of 8; and the tensors, the most aligned dtypes first, then by name.
 """
 
 import json
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from dqtrain.artifact.format import METADATA, describe
+from dqtrain.artifact.description import describe
 from dqtrain.quant.grid import GRIDS, MinMaxAffine
 from dqtrain.quant.modules import Coverage, is_learned_scale, latent_heads, quantized_parameters, rounded_parameters
 from dqtrain.quant.pack import packed_bytes
+from dqtrain.tensor_file import Layout, file_bytes, index_text, model_files
 
 MIB = 2**20
-
-DTYPES = {  # in the order in which safetensors writes them: its enum, backwards
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float32: "F32",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_ORDER = list(DTYPES)
 
 
 @dataclass(frozen=True)
@@ -117,7 +97,7 @@ def paper_bytes(coverage: Coverage, other_elements: int) -> PaperBytes:
 
 
 def stored_tensors(coverage: Coverage, floats: FloatPart) -> list[StoredTensor]:
-    """The tensors of the artifact's model.safetensors, in the order of the file."""
+    """The tensors of the artifact: those that stay float, and then each weight's, side by side."""
     tensors = list(floats.tensors)
     for row in coverage.rows:
         quantizer = row.quantizer
@@ -127,42 +107,37 @@ def stored_tensors(coverage: Coverage, floats: FloatPart) -> list[StoredTensor]:
         tensors.append(StoredTensor(f"{row.name}.scale", torch.float16 if quantizer.portable else torch.float32, (row.num_scales,)))
         if isinstance(GRIDS[quantizer.grid], MinMaxAffine):  # the grids that have zero points
             tensors.append(StoredTensor(f"{row.name}.zero_point", torch.int8, (row.num_scales,)))
-    return sorted(tensors, key=lambda tensor: (_ORDER.index(tensor.dtype), tensor.name))
+    return tensors
 
 
-def safetensors_bytes(tensors: Iterable[StoredTensor], metadata: dict[str, str] | None = None) -> int:
-    """Size of a safetensors file with these tensors, which are sorted here; `metadata` of at most one key, since their order is not fixed."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata is not None else {}
-    end = 0
-    for tensor in sorted(tensors, key=lambda tensor: (_ORDER.index(tensor.dtype), tensor.name)):
-        start, end = end, end + tensor.num_bytes
-        header[tensor.name] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + math.ceil(len(text) / 8) * 8 + end
+def layout_of(tensors: Iterable[StoredTensor]) -> Layout:
+    """What a file of these tensors is written from."""
+    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
 
 
 @dataclass(frozen=True)
 class ArtifactBytes:
-    """Sizes of the artifact's two files that hold the model."""
+    """Sizes of what holds the model."""
 
-    weights: int  # model.safetensors
+    weights: int  # model.safetensors, or its parts and their index
     description: int  # artifact.json
 
     @property
     def total(self) -> int:
-        """Both files."""
+        """All of these files."""
         return self.weights + self.description
 
 
 def artifact_bytes(coverage: Coverage, floats: FloatPart, about: dict[str, Any]) -> ArtifactBytes:
     """Exactly what `format.write` will write for a model of this coverage; `about` is what it will be given, values of equal length at least.
 
-    config.json, parity.json and the tokenizer, which lie beside the two files, are not in it.
+    config.json, parity.json, README.md and the tokenizer, which lie beside these files, are not in it.
     """
-    weights = safetensors_bytes(stored_tensors(coverage, floats), METADATA)
-    packed = {row.name: {"shape": list(row.shape), **asdict(row.quantizer)} for row in coverage.rows if row.quantizer}
+    parts = model_files(layout_of(stored_tensors(coverage, floats)))
+    sizes = {name: file_bytes(part) for name, part in parts.items()} | {name: len(text.encode()) for name, text in index_text(parts).items()}
     fp32_bytes = 4 * num_elements(coverage, floats.other_elements)
-    return ArtifactBytes(weights, len(describe(weights, "0" * 32, fp32_bytes, packed, about).encode()))
+    description = describe({name: (size, "0" * 32) for name, size in sizes.items()}, fp32_bytes, about)
+    return ArtifactBytes(sum(sizes.values()), len(description.encode()))
 
 
 def export_about(coverage: Coverage, activations: dict[str, Any] | None) -> dict[str, Any]:

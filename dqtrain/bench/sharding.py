@@ -26,10 +26,10 @@ from transformers import GPT2Config
 
 from dqtrain import engine
 from dqtrain.build import student_model
-from dqtrain.checkpoint import write_tensors
 from dqtrain.config import Source, load_config
 from dqtrain.data.prepare import load_tokenizer, train_tokenizer
 from dqtrain.models import meta_model, open_weights
+from dqtrain.tensor_file import write_tensors
 from dqtrain.world import barrier, init_world
 
 XL = {"n_embd": 1600, "n_layer": 48, "n_head": 25, "vocab_size": 50257}

@@ -48,6 +48,11 @@ def has_unit_of_weights(name: str) -> bool:
     return name.endswith(("_clip", "_step"))
 
 
+def values_of(parameter: Tensor) -> Tensor:
+    """What a parameter holds, without its graph: of one on the meta device what its `read` gives (`models.leave_in_files`)."""
+    return parameter.read() if parameter.is_meta else parameter.detach()  # type: ignore[attr-defined]
+
+
 def float_bytes(model: nn.Module) -> int:
     """Bytes of the float model in fp32, tied weights once."""
     return sum(4 * p.numel() for name, p in model.named_parameters() if not is_learned_scale(name))
@@ -491,9 +496,18 @@ class QuantizedParameter:
     quantizer: WeightQuantizer
     learned: tuple[nn.Parameter, ...]
 
+    def read(self) -> tuple[Tensor, Scales]:
+        """The weight itself, and its scales."""
+        weight = values_of(self.weight)
+        return weight, self.quantizer.scales(weight, *map(values_of, self.learned))
+
     def scales(self) -> Scales:
         """Those of the forward in training."""
-        return self.quantizer.scales(self.weight.detach(), *(p.detach() for p in self.learned))
+        return self.read()[1]
+
+    def value(self) -> Tensor:
+        """What forward computes with."""
+        return self.quantizer.value(*self.read())
 
 
 def quantized_parameters(model: nn.Module) -> Iterator[QuantizedParameter]:
@@ -528,17 +542,20 @@ def initial_scales(parameters: Iterable[QuantizedParameter], read: Callable[[str
 
 @torch.no_grad()
 def served_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What forward computes with for each parameter by its first name: the quantized weight, the rounded parameter, or the parameter; no scales of weights."""
+    """What forward computes with for each parameter by its first name: the quantized weight, the rounded parameter, or the parameter; no scales of weights.
+
+    One at a time: of a model whose parameters are in files (`models.leave_in_files`) no other is in memory.
+    """
     quantized = {parameter.name: parameter for parameter in quantized_parameters(model)}
     scales = {f"{name}_{learned}" for name, parameter in quantized.items() for learned in parameter.quantizer.learned}
     rounded = rounded_parameters(model)
 
     def float_value(name: str, parameter: Tensor) -> Tensor:
-        return round_to_bf16(parameter) if name in rounded else parameter.detach()
+        return round_to_bf16(values_of(parameter)) if name in rounded else values_of(parameter)
 
     for name, parameter in model.named_parameters():
         if name in quantized:
-            yield name, quantized[name].quantizer.value(parameter, quantized[name].scales())
+            yield name, quantized[name].value()
         elif name not in scales:
             yield name, float_value(name, parameter)
     for name, parameter in latent_heads(model):

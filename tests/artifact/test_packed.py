@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import edit_description
 from families import FAMILIES, IDS
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -102,10 +103,6 @@ def test_matrices_that_training_rounded_to_bf16_are_stored_so(world, tmp_path):
     assert artifact_bytes(coverage, float_part(model), about(quant, coverage)).total == sum(
         (tmp_path / "rounded" / name).stat().st_size for name in ("model.safetensors", "artifact.json")
     )
-    description = json.loads((tmp_path / "packed/artifact.json").read_text())
-    for grid in description["packed"].values():  # as it was written before there was a choice
-        assert grid.pop("rounded") is False
-    (tmp_path / "packed/artifact.json").write_text(json.dumps(description))
     parity.verify(unrounded, tmp_path / "packed")
 
 
@@ -163,16 +160,10 @@ def test_truncated_file_is_refused(packed):
         load_artifact(packed)
 
 
-def edit(packed, change):
-    written = json.loads((packed / "artifact.json").read_text())
-    change(written)
-    (packed / "artifact.json").write_text(json.dumps(written))
-
-
 @pytest.mark.parametrize("version", [1, 99])
 def test_other_version_is_refused(version, packed):
-    edit(packed, lambda about: about.update(format=version))
-    with pytest.raises(CheckpointError, match=f"has format {version}, this dqtrain reads 3"):
+    edit_description(packed, lambda about: about.update(format=version))
+    with pytest.raises(CheckpointError, match=f"has format {version}, this dqtrain reads 4"):
         load_artifact(packed)
 
 
@@ -183,14 +174,14 @@ def test_missing_scale_is_refused(change, packed):
     scale = tensors.pop(name)
     save_file(tensors if change == "missing" else tensors | {name: scale[:-1]}, packed / "model.safetensors")
     size, hash = (packed / "model.safetensors").stat().st_size, digest(packed / "model.safetensors")
-    edit(packed, lambda about: about.update(weights={"file": "model.safetensors", "bytes": size, "xxh3_128": hash}))
+    edit_description(packed, lambda about: about.update(weights={"model.safetensors": {"bytes": size, "xxh3_128": hash}}))
     message = f"no {name}" if change == "missing" else f"{name} has {len(scale) - 1} values, not {len(scale)}"
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load_artifact(packed)
 
 
 def test_missing_tensor_is_refused(packed):
-    edit(packed, lambda about: about["packed"].update({"transformer.extra.weight": about["packed"]["transformer.wte.weight"]}))
+    edit_description(packed, lambda about: about["coverage"].append(["transformer.extra.weight", [4, 4], 0]))
     with pytest.raises(CheckpointError, match=r"transformer\.extra\.weight"):
         load_artifact(packed)
 

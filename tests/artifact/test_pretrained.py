@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import edit_description
 from families import FAMILIES, IDS, logits_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -166,12 +167,11 @@ def cut(content):
 
 
 def describe(change):
-    def changed(folder):
-        about = json.loads((folder / "artifact.json").read_text())
-        change(about)
-        (folder / "artifact.json").write_text(json.dumps(about))
+    return lambda folder: edit_description(folder, change)
 
-    return changed
+
+def row(about, name):
+    return next(row for row in about["coverage"] if row[0] == name)
 
 
 WPE, WTE = "transformer.wpe.weight", "transformer.wte.weight"
@@ -183,11 +183,11 @@ WPE, WTE = "transformer.wpe.weight", "transformer.wte.weight"
         (lambda folder: damage(folder, flip), "a byte was changed"),
         (lambda folder: damage(folder, cut), "is truncated or missing"),
         (lambda folder: (folder / "artifact.json").unlink(), "artifact.json"),
-        (describe(lambda about: about.update(format=2)), "has format 2, this dqtrain reads 3"),
-        (describe(lambda about: about["packed"].update({"extra": about["packed"][WTE]})), r"lists \(no extra\)"),
-        (describe(lambda about: about["packed"].pop(WPE)), rf"{WPE} has shape \(1024,\), the model's {WPE} is \(32, 32\)"),
-        (describe(lambda about: about["packed"][WTE].update(shape=[98, 32])), rf"{WTE} has 621 values, not 628"),
-        (describe(lambda about: about["packed"][WTE].update(granularity="per_tensor")), rf"{WTE}.scale has 97 values, not 1"),
+        (describe(lambda about: about.update(format=2)), "has format 2, this dqtrain reads 4"),
+        (describe(lambda about: about["coverage"].append(["extra", *row(about, WTE)[1:]])), r"lists \(no extra\)"),
+        (describe(lambda about: about["coverage"].remove(row(about, WPE))), rf"{WPE} has shape \(1024,\), the model's {WPE} is \(32, 32\)"),
+        (describe(lambda about: row(about, WTE).__setitem__(1, [98, 32])), rf"{WTE} has 621 values, not 628"),
+        (describe(lambda about: about["settings"][row(about, WTE)[2]]["quantizer"].update(granularity="per_tensor")), rf"{WTE}.scale has 97 values, not 1"),
     ],
 )
 @pytest.mark.parametrize("mode", ["exact", "dense", "fast"])

@@ -5,22 +5,16 @@ import json
 import pytest
 import torch
 from families import FAMILIES
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import save_file
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from dqtrain.artifact import format
 from dqtrain.artifact.size import (
-    DTYPES,
     MIB,
-    StoredTensor,
     artifact_bytes,
     export_about,
     float_part,
     num_elements,
     paper_bytes,
-    safetensors_bytes,
     stored_tensors,
 )
 from dqtrain.config import Quant
@@ -94,7 +88,7 @@ def check(make, quant, folder, rounded=False):
     assert float_part(model) == floats
     header = (folder / "model.safetensors").read_bytes()
     header = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
-    assert [tensor.name for tensor in stored_tensors(predicted_coverage, floats)] == [name for name in header if name != "__metadata__"]
+    assert {tensor.name for tensor in stored_tensors(predicted_coverage, floats)} == header.keys() - {"__metadata__"}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -132,15 +126,6 @@ def test_buffers_that_are_not_zero_are_stored(tmp_path):
     assert artifact_bytes(coverage, float_part(empty), about(quant, coverage)).weights < sizes[0]
 
 
-@given(st.lists(st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 40), max_size=3)), max_size=12), st.booleans())
-def test_any_safetensors_file(tmp_path_factory, tensors, has_metadata):
-    stored = [StoredTensor(f"layer.{i}.é{'x' * i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(tensors)]
-    metadata = {"format": "pt"} if has_metadata else None
-    path = tmp_path_factory.mktemp("any") / "model.safetensors"
-    save_file({tensor.name: torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in stored}, path, metadata)
-    assert safetensors_bytes(stored, metadata) == path.stat().st_size
-
-
 PUBLISHED = {  # MiB at float, 8, 4 and 2 bits: research dossier, 1.7; with row scales, those of QuantBART's and TBT's tables
     "gpt2": (gpt2_small, (474.70, 121.27, 62.37, 32.92), (474.89, 121.46, 62.56, 33.11)),
     "bart": (bart_base, (531.85, 137.90, 72.24, 39.41), (532.04, 138.09, 72.44, 39.61)),
@@ -169,7 +154,7 @@ def test_papers_ratios():
         assert 4 * num_elements(coverage, floats.other_elements) / paper_bytes(coverage, floats.other_elements).total == pytest.approx(ratio, abs=0.005)
 
 
-@pytest.mark.parametrize("make, least", [(gpt2_small, 19.2), (bart_base, 18.8)])
+@pytest.mark.parametrize("make, least", [(gpt2_small, 19.24), (bart_base, 18.8)])
 def test_our_file_is_smaller_than_the_papers(make, least):
     quant = settings(vectors="bf16")
     coverage, floats = on_meta(make, quant)
@@ -178,7 +163,7 @@ def test_our_file_is_smaller_than_the_papers(make, least):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make, least", [(gpt2_small, 19.2), (bart_base, 18.8)])
+@pytest.mark.parametrize("make, least", [(gpt2_small, 19.24), (bart_base, 18.8)])
 def test_full_size_files(tmp_path, make, least):
     quant = settings(vectors="bf16")
     torch.manual_seed(0)

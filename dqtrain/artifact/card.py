@@ -1,0 +1,101 @@
+"""The model card: README.md of an exported folder, with the front matter that the Hub reads. Of one checkpoint it is the same text each time."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dqtrain.config import RunConfig, Target
+from dqtrain.errors import UserError
+from dqtrain.quant.modules import Coverage
+from dqtrain.rundir import RunDir, model_directory
+
+_RECIPE = {"student", "train", "quant", "distill"}
+"""Blocks of the config that say how a student was made, without a path to anything of ours."""
+
+_LOAD: dict[str, str] = {
+    "packed": '```python\nimport dqtrain\nfrom transformers import {auto}, AutoTokenizer\nmodel, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```\n',
+    "hf": '```python\nfrom transformers import {auto}, AutoTokenizer\nmodel, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```\n',
+    "gguf": '```\nllama-cli -m model.gguf -p "Once upon a time"\n```\n',
+}
+
+
+def model_card(run: RunDir, target: Target, figures: Mapping[str, Any], scores: Mapping[str, Any], is_encoder_decoder: bool) -> str:
+    """README.md of a target: recipe, sizes and proof (`export.export`'s `figures`), scores of the checkpoint (as in result.json), licence, and how to load it."""
+    config = run.load_config()
+    coverage = Coverage.from_json(run.coverage.read_text()) if config.quant is not None else None
+    teacher, licence = _teacher(config)
+    auto = "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM"
+    recipe = config.model_dump(mode="json", include=_RECIPE, exclude={"student": {"init_from"}}, exclude_defaults=True)
+    parts = [
+        _front_matter(config, target, licence, is_encoder_decoder),
+        f"# {run.path.name}, {target}",
+        f"Trained by dqtrain for {scores['step']:,} steps{f', taught by {teacher}' if teacher else ''}.",
+        "## Use",
+        _LOAD.get(target, '```\ndqtrain generate . "Once upon a time"\n```\n').format(auto=auto).rstrip(),
+        *(["Activations are float here, and were quantized in training."] if target == "hf" and config.quant and config.quant.activations else []),
+        "## Size",
+        f"{figures['bytes']:,} bytes, {figures['ratio']:.2f} times smaller than the {figures['fp32_bytes']:,} bytes of the model in fp32.",
+        "## Scores",
+        _table("score", scores.get("test") or {}) or "Not measured: the run has no test split.",
+        "## Proof",
+        "This folder against the student as it was trained, measured when it was exported.",
+        _table("figure", figures["parity"]),
+        "## Recipe",
+        f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
+        *([] if coverage is None else [f"```\n{coverage.table()}\n```"]),
+        "## Licence",
+        f"{licence}, as the teacher's card states." if licence else "Not stated by the teacher." if teacher else "Not stated.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(config: RunConfig, target: Target, licence: str | None, is_encoder_decoder: bool) -> str:
+    quant = config.quant
+    content: dict[str, Any] = {"library_name": {"packed": "dqtrain", "gguf": "llama.cpp", "onnx": "onnxruntime"}.get(target, "transformers")}
+    if licence:
+        content["license"] = licence
+    name = _hub_name(config.teacher.path) if config.teacher else None
+    if name:
+        content |= {"base_model": name, "base_model_relation": "finetune" if quant is None else "quantized"}
+    content["pipeline_tag"] = "text2text-generation" if is_encoder_decoder else "text-generation"
+    content["tags"] = ["dqtrain", *(["distillation"] if config.teacher else []), *(["quantized"] if quant else []), target]
+    if quant is not None:
+        bits = dict.fromkeys(block.bits for block in (quant.linears, quant.embeddings) if block is not None)
+        content["tags"] += [f"{width}-bit" if isinstance(width, int) else width for width in bits]
+    return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
+
+
+def _teacher(config: RunConfig) -> tuple[str | None, str | None]:
+    """What a stranger may know the teacher by, and the licence that its card names; None where there is none."""
+    if config.teacher is None:
+        return None, None
+    path = config.teacher.path
+    try:
+        card = (model_directory(path) / "README.md").read_text()
+        stated = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else None
+    except (UserError, OSError, ValueError, yaml.YAMLError):  # it may be gone by now
+        stated = None
+    licence = stated.get("license") if isinstance(stated, dict) else None
+    return _hub_name(path) or path.name, licence if isinstance(licence, str) else None
+
+
+def _hub_name(path: Path) -> str | None:
+    """NAME of hf:NAME@COMMIT."""
+    text = str(path)
+    return text.removeprefix("hf:").partition("@")[0] if text.startswith("hf:") else None
+
+
+def _table(head: str, figures: Mapping[str, Any]) -> str:
+    rows = [f"| {key} | {value} |" for key, value in _flat(figures)]
+    return "\n".join([f"| {head} | |", "| --- | --- |", *rows]) if rows else ""
+
+
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in figures.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}: ")
+        else:
+            yield name, f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
