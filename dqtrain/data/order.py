@@ -41,20 +41,25 @@ def unpermute(place: np.ndarray, length: int, key: tuple[int, ...]) -> np.ndarra
 
 def _walk(index: np.ndarray, length: int, key: tuple[int, ...], inverse: bool) -> np.ndarray:
     bits = max(2, (length - 1).bit_length())
-    low = np.uint64(bits - bits // 2)
-    mask_left, mask_right = (np.uint64(1) << np.uint64(bits // 2)) - np.uint64(1), (np.uint64(1) << low) - np.uint64(1)
-    rounds = list(enumerate(np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)))
+    high, low = bits // 2, bits - bits // 2
+    mask_left, mask_right = (np.uint64((1 << half) - 1) for half in (high, low))
     result = np.array(index, np.uint64).reshape(-1)
+    # As many calls of numpy for all that may be asked as for what is: then the next batches find their answers.
+    tables = _tables(key, high, low) if len(result) >= 1 << low else None
+    rounds = list(enumerate(_round_keys(key) if tables is None else tables))
+    low_bits = np.uint64(low)
     walking = result
     outside: np.ndarray | None = None  # where in the result those that walk are; None: all of them
     while len(walking):
-        left, right = walking >> low, walking & mask_right
-        for number, round_key in reversed(rounds) if inverse else rounds:
+        left, right = walking >> low_bits, walking & mask_right
+        for number, salt in reversed(rounds) if inverse else rounds:
+            half, mask = (right, mask_left) if number % 2 == 0 else (left, mask_right)
+            mixed = _mix(half ^ salt) & mask if tables is None else salt[half.view(np.int64)]
             if number % 2 == 0:
-                left = left ^ (_mix(right ^ round_key) & mask_left)
+                left ^= mixed
             else:
-                right = right ^ (_mix(left ^ round_key) & mask_right)
-        walking = left << low | right
+                right ^= mixed
+        walking = left << low_bits | right
         if outside is None:
             result = walking
             outside = np.flatnonzero(walking >= length)
@@ -65,11 +70,28 @@ def _walk(index: np.ndarray, length: int, key: tuple[int, ...], inverse: bool) -
     return result.astype(np.int64).reshape(np.shape(index))
 
 
+def _round_keys(key: tuple[int, ...]) -> np.ndarray:
+    return np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(key: tuple[int, ...], high: int, low: int) -> list[np.ndarray]:
+    """What each round does to one half, by the other half."""
+    halves = ((low, high) if number % 2 == 0 else (high, low) for number in range(_ROUNDS))
+    return [
+        _mix(np.arange(1 << given, dtype=np.uint64) ^ salt) & np.uint64((1 << changed) - 1)
+        for (given, changed), salt in zip(halves, _round_keys(key), strict=True)
+    ]
+
+
 def _mix(value: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64 (the finalizer of SplitMix64: Steele, Lea and Flood 2014)."""
-    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return value ^ value >> np.uint64(31)
+    """Spread every bit over all 64, in place (the finalizer of SplitMix64: Steele, Lea and Flood 2014)."""
+    value ^= value >> np.uint64(30)
+    value *= np.uint64(0xBF58476D1CE4E5B9)
+    value ^= value >> np.uint64(27)
+    value *= np.uint64(0x94D049BB133111EB)
+    value ^= value >> np.uint64(31)
+    return value
 
 
 def counts_of(weights: Sequence[float]) -> np.ndarray:

@@ -79,11 +79,15 @@ def test_info_counts_what_is_there(made, capfd):
 
 def test_info_of_a_config_has_weights(world, make_run, capfd, tmp_path):
     run = make_run()
-    text = run.config.read_text().replace(
-        f"train: {run.config.read_text().split('train: ')[1].split(',')[0]}",
-        f"train: [{{path: {write_corpus(tmp_path / 'a.jsonl', 9, 1)}, weight: 3}}, {{path: {write_corpus(tmp_path / 'b.jsonl', 9, 2)}, weight: 0.5}}]",
-        1,
-    ).replace(f"shards: {world}/shards", f"shards: {tmp_path}/shards")
+    text = (
+        run.config.read_text()
+        .replace(
+            f"train: {run.config.read_text().split('train: ')[1].split(',')[0]}",
+            f"train: [{{path: {write_corpus(tmp_path / 'a.jsonl', 9, 1)}, weight: 3}}, {{path: {write_corpus(tmp_path / 'b.jsonl', 9, 2)}, weight: 0.5}}]",
+            1,
+        )
+        .replace(f"shards: {world}/shards", f"shards: {tmp_path}/shards")
+    )
     run.config.write_text(text)
     code, text = data(capfd, "info", run.config)
     assert code == 3 and "4 of 4 folders are not prepared, first " in text and f"Run dqtrain prepare {run.config}." in text
