@@ -33,7 +33,7 @@ _FETCHERS = 4
 """Shards at an address that are fetched at a time, ahead of their use."""
 _ORDERED, _JOINED = 4096, 64
 """Samples whose order is computed at a time, and samples of packed text that are read at a time: numpy's calls cost more than few numbers do."""
-_CHECKED = 2**19
+_CHECKED = 2**20
 """Tokens of packed text that are checked at a time, and known to be."""
 _UNREAD, _PLAIN, _CAREFUL = range(3)
 """What is known of samples: nothing; that their tokens are sound, and all there is; that they are sound, and something is padded, not predicted, or apart."""
@@ -149,6 +149,7 @@ class AnyStream(ABC):
         """Yield, for step `first` and all that follow it, (j, micro-batch j) for each j of `numbers`: what `micro_batch` gives, with less work for each."""
         count = global_batch // micro_batch
         is_far = self.order.parts > 1 and any(folder.copies is not None for folder in self.folders)
+        is_all_real = max(numbers) < count
         ahead = 1  # the first step is wanted at once
         while True:
             if is_far:
@@ -157,7 +158,8 @@ class AnyStream(ABC):
             samples = self.order.at(np.add.outer(starts, np.arange(micro_batch)).reshape(-1))
             batches = self._batches(samples, micro_batch)
             for _ in range(ahead):
-                yield [(j, batch if j < count else batch.without_targets()) for j, batch in zip(numbers, batches, strict=False)]
+                step = list(zip(numbers, batches, strict=False))
+                yield step if is_all_real else [(j, batch if j < count else batch.without_targets()) for j, batch in step]
             first += ahead
             ahead = max(1, _ORDERED // (len(numbers) * micro_batch))
 
@@ -275,9 +277,9 @@ class Stream(AnyStream):
         for first in range(0, len(samples), together):
             these = slice(first, first + together)
             opened, lost = None, None
-            if not (self._known[groups[these]] == _PLAIN).all():
+            if np.count_nonzero(self._known[groups[these]] != _PLAIN):
                 opened, lost = self._check(shards[these], numbers[these], groups[these], is_whole[these])
-            if opened is None or (self._known[groups[these]] == _PLAIN).all():
+            if opened is None or not np.count_nonzero(self._known[groups[these]] != _PLAIN):
                 # Joining the rows copies each token once, without numpy's work for each row or shard.
                 rows: Any = map(operator.getitem, map(self._rows.__getitem__, names[these]), places[these])
                 ids = np.frombuffer(b"".join(rows), self._dtype).astype(np.int64).reshape(-1, micro_batch, width)
