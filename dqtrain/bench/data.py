@@ -32,7 +32,7 @@ TOKENS, MICRO_BATCH, VOCABULARY = 1024, 8, 50257
 SAMPLES = 98_304
 """Of 1,024 tokens: 100M tokens."""
 _ROUNDS = 3
-_PATIENCE_S = 2
+_PATIENCE_S = 1
 """CPU time after which the epoch of a slow reader is cut short."""
 _TEXT_BYTES, _PART_BYTES = 2**25, 2**22
 """Of the corpus that is prepared, and of the parts that its processes take."""

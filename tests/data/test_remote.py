@@ -152,7 +152,7 @@ def test_ranks_that_want_other_shards_at_once_wait_until_there_is_room(tmp_path,
     def blocks(address):
         for block in slow(address):
             for _ in range(5):  # longer in sum than a file may stand still, shorter each
-                time.sleep(0.03)
+                time.sleep(0.05)
                 files = {}
                 for path in (tmp_path / "copies").glob("*/*"):
                     with contextlib.suppress(FileNotFoundError):
@@ -162,12 +162,13 @@ def test_ranks_that_want_other_shards_at_once_wait_until_there_is_room(tmp_path,
             yield block
 
     monkeypatch.setattr(remote, "_blocks", blocks)
-    monkeypatch.setattr(remote, "_STALLED_S", 0.5)
+    monkeypatch.setattr(remote, "_STALLED_S", 0.6)
     cache = Cache(folder=tmp_path / "copies", gib=2.5 * sizes[0] / 2**30)
+    folders = [open_folder("memory://store", cache) for _ in range(8)]
     found: dict[int, list[int]] = {}
 
     def fetch(number):
-        found[number] = open_folder("memory://store", cache).open(number).read(0, 2).tolist()
+        found[number] = folders[number].open(number).read(0, 2).tolist()
 
     threads = [threading.Thread(target=fetch, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -176,6 +177,7 @@ def test_ranks_that_want_other_shards_at_once_wait_until_there_is_room(tmp_path,
         thread.join()
     assert found == {number: [number] * 2 for number in range(8)}
     assert max(seen) <= 2.5 * sizes[0] and max(together) == 2
+    assert sum(folder.copies.fetched_bytes for folder in folders) == sum(sizes)  # none was taken for left behind
 
 
 def test_a_rank_so_slow_that_its_own_file_counts_as_left_behind_fetches(tmp_path, monkeypatch):
