@@ -38,7 +38,6 @@ class ForeignFile:
         if self.num_tokens != expected or self._predicted is not None and len(self._predicted) != expected:
             raise DataError(f"{path} holds {self.num_tokens} tokens, but its index says {expected}; copy both again.")
         self._checked = np.zeros(-(-self.num_tokens // _BLOCK), bool)
-        self.is_checked = False
 
     @property
     def has_predicted(self) -> bool:
@@ -51,26 +50,24 @@ class ForeignFile:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """As of a Shard; raises DataError for an id beyond the vocabulary."""
-        self.check(np.array([start]), np.array([stop]))
+        self.check(start, stop)
         return self._tokens[start:stop].astype(np.int64)
 
     def read_predicted(self, start: int, stop: int) -> np.ndarray:
         """As of a Shard."""
         return np.ones(stop - start, bool) if self._predicted is None else np.array(self._predicted[start:stop])
 
-    def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
+    def check(self, start: int, stop: int) -> None:
         """As of a Shard: look at the ids of the blocks."""
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            for block in range(start // _BLOCK, -(-stop // _BLOCK)):
-                if not self._checked[block]:
-                    ids = self._tokens[block * _BLOCK : (block + 1) * _BLOCK]
-                    worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
-                    if not 0 <= worst < self.vocab_size:
-                        raise DataError(
-                            f"{self.path}: token id {worst} is not in [0, {self.vocab_size}), the vocabulary; set data.tokenizer to the one that made it."
-                        )
-                    self._checked[block] = True
-        self.is_checked = bool(self._checked.all())
+        for block in range(start // _BLOCK, -(-stop // _BLOCK)):
+            if not self._checked[block]:
+                ids = self._tokens[block * _BLOCK : (block + 1) * _BLOCK]
+                worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
+                if not 0 <= worst < self.vocab_size:
+                    raise DataError(
+                        f"{self.path}: token id {worst} is not in [0, {self.vocab_size}), the vocabulary; set data.tokenizer to the one that made it."
+                    )
+                self._checked[block] = True
 
 
 def _megatron_index(path: Path) -> tuple[np.dtype, np.ndarray]:

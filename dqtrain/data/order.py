@@ -8,7 +8,7 @@ are, and then the samples of SHUFFLED_SHARDS shards at a time. Needs numpy.
 
 import functools
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -41,19 +41,22 @@ def unpermute(place: np.ndarray, length: int, key: tuple[int, ...]) -> np.ndarra
 
 def _walk(index: np.ndarray, length: int, key: tuple[int, ...], inverse: bool) -> np.ndarray:
     bits = max(2, (length - 1).bit_length())
-    low = np.uint64(bits - bits // 2)
-    mask_left, mask_right = (np.uint64(1) << np.uint64(bits // 2)) - np.uint64(1), (np.uint64(1) << low) - np.uint64(1)
-    rounds = list(enumerate(np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)))
-    result = np.array(index, np.uint64).reshape(-1)
+    high, low = bits // 2, bits - bits // 2
+    result = np.array(index, np.int64).reshape(-1)
+    # To look up takes as much as to compute all that there may be to find, which later calls find too.
+    rounds = list(enumerate((_looked_up if len(result) >= 1 << low else _computed)(key, high, low)))
+    if inverse:
+        rounds.reverse()
+    mask_right = (1 << low) - 1
     walking = result
     outside: np.ndarray | None = None  # where in the result those that walk are; None: all of them
     while len(walking):
         left, right = walking >> low, walking & mask_right
-        for number, round_key in reversed(rounds) if inverse else rounds:
+        for number, mixed in rounds:
             if number % 2 == 0:
-                left = left ^ (_mix(right ^ round_key) & mask_left)
+                left ^= mixed(right)
             else:
-                right = right ^ (_mix(left ^ round_key) & mask_right)
+                right ^= mixed(left)
         walking = left << low | right
         if outside is None:
             result = walking
@@ -62,14 +65,33 @@ def _walk(index: np.ndarray, length: int, key: tuple[int, ...], inverse: bool) -
             result[outside] = walking
             outside = outside[walking >= length]
         walking = result[outside]
-    return result.astype(np.int64).reshape(np.shape(index))
+    return result.reshape(np.shape(index))
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64 (the finalizer of SplitMix64: Steele, Lea and Flood 2014)."""
-    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return value ^ value >> np.uint64(31)
+_Round = Callable[[np.ndarray], np.ndarray]
+"""What changes one half, made of the other."""
+
+
+def _computed(key: tuple[int, ...], high: int, low: int) -> list[_Round]:
+    salts = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+    return [functools.partial(_mixed, salt, np.uint64((1 << (high if number % 2 == 0 else low)) - 1)) for number, salt in enumerate(salts)]
+
+
+@functools.lru_cache(maxsize=32)
+def _looked_up(key: tuple[int, ...], high: int, low: int) -> list[_Round]:
+    return [mixed(np.arange(1 << (low if number % 2 == 0 else high))).take for number, mixed in enumerate(_computed(key, high, low))]
+
+
+def _mixed(salt: np.uint64, mask: np.uint64, half: np.ndarray) -> np.ndarray:
+    """Spread every bit over all 64 (the finalizer of SplitMix64: Steele, Lea and Flood 2014), and take as many of them as a half has: int64."""
+    value = half.view(np.uint64) ^ salt
+    value ^= value >> np.uint64(30)
+    value *= np.uint64(0xBF58476D1CE4E5B9)
+    value ^= value >> np.uint64(27)
+    value *= np.uint64(0x94D049BB133111EB)
+    value ^= value >> np.uint64(31)
+    value &= mask
+    return value.view(np.int64)
 
 
 def counts_of(weights: Sequence[float]) -> np.ndarray:

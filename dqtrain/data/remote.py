@@ -2,7 +2,8 @@
 
 A copy is complete and sound or absent: it is fetched under another name, compared with the index and its own checksums, and renamed. There are no locks: of ranks that want
 the same shard one fetches it, as long as its unfinished file grows, and the others look for the copy. What was used least recently makes room, and whoever has it mapped
-keeps it. Used is opened: a copy that is mapped for long counts as used when it was mapped. Needs fsspec, and its package for the protocol.
+keeps it. Used is opened: a copy that is mapped for long counts as used when it was mapped. An unfinished file's name begins with the time, and its size is all that it will
+take, or 0 while it waits for room: so all ranks see the same queue, and copies and what is being fetched are within the bound together. Needs fsspec, and its package for the protocol.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from dqtrain.data.shard import Shard
 from dqtrain.errors import DataError
@@ -62,8 +63,7 @@ class Copies:
     def _open(self, path: Path, num_bytes: int, checksum: str) -> Shard:
         file = path.name
         while (shard := _copy(path, num_bytes, checksum)) is None:
-            # The name begins with the time, so that of two ranks that begin at once both see who was first.
-            mine = path.with_name(f".{file}.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+            mine = path.with_name(f".{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.{file}")
             with _writing(mine):
                 mine.parent.mkdir(parents=True, exist_ok=True)
                 mine.touch()
@@ -84,7 +84,7 @@ class Copies:
             out = unfinished.open("wb")
         with out:
             with _writing(unfinished):
-                out.truncate(num_bytes)  # a claim, which those who make room at the same time count
+                self._claim(out, num_bytes, unfinished)
             self._make_room(num_bytes, unfinished)
             for block in _blocks(f"{self.address}/{file}"):
                 with _writing(unfinished):
@@ -103,26 +103,40 @@ class Copies:
         shard.verify()
         os.replace(unfinished, self._folder / file)
 
-    def _make_room(self, num_bytes: int, unfinished: Path) -> None:
-        """Remove copies, those first that were used least recently, until they fit with what is being fetched, here `num_bytes` as `unfinished`."""
+    def _claim(self, out: BinaryIO, num_bytes: int, unfinished: Path) -> None:
+        """Wait until what others fetch leaves room for `num_bytes`, here as `unfinished`, which is open as `out`."""
         if num_bytes > self.max_bytes:
             raise _Unwritable(f"a shard of {self.address} has {num_bytes / 2**30:.2f} GiB, but data.cache.gib is {self.max_bytes / 2**30:.2f}. Raise it.")
-        found, excess = [], -self.max_bytes
-        for path in self.root.glob("*/*"):
-            try:
+        # Looked at once more behind the claim: of two that claim at once, one sees the other.
+        while not (self._is_turn(num_bytes, unfinished) and out.truncate(num_bytes) and self._is_turn(num_bytes, unfinished)):
+            out.truncate(0)
+            os.utime(out.fileno())  # who waits is not gone
+            time.sleep(_POLL_S)
+
+    def _is_turn(self, num_bytes: int, unfinished: Path) -> bool:
+        """Whether nobody who came before waits, and all that is claimed leaves room for `num_bytes`."""
+        others = [(path.name, size) for path, _, size in self._files("*/.*", unfinished)]
+        return all(size or name > unfinished.name for name, size in others) and sum(size for _, size in others) + num_bytes <= self.max_bytes
+
+    def _make_room(self, num_bytes: int, unfinished: Path) -> None:
+        """Remove copies, those first that were used least recently, until they fit with what is being fetched, here `num_bytes` as `unfinished`."""
+        found = self._files("*/*", unfinished)
+        excess = sum(size for _, _, size in found) + num_bytes - self.max_bytes
+        for path, _, size in sorted(found, key=lambda file: file[1]):
+            if excess > 0 and not path.name.startswith("."):
+                path.unlink(missing_ok=True)
+                excess -= size
+
+    def _files(self, pattern: str, unfinished: Path) -> list[tuple[Path, int, int]]:
+        """Copies and what others fetch, of all addresses, with the time of their last use and their bytes."""
+        found = []
+        for path in self.root.glob(pattern):
+            if path == unfinished or path.name.startswith(".") and not _is_alive(path):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another rank makes room too, or is done
                 status = path.stat()
-            except FileNotFoundError:  # another rank makes room too
-                continue
-            if not path.name.startswith("."):
-                found.append((status.st_mtime_ns, status.st_size, path))
-            elif path != unfinished and not _is_alive(path):
-                continue
-            excess += status.st_size
-        for _, size, path in sorted(found):
-            if excess <= 0:
-                break
-            path.unlink(missing_ok=True)
-            excess -= size
+                found.append((path, status.st_mtime_ns, status.st_size))
+        return found
 
 
 def _copy(path: Path, num_bytes: int, checksum: str) -> Shard | None:
@@ -152,7 +166,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _alive(path: Path) -> list[Path]:
     """Unfinished files of a copy that grow."""
-    return [other for other in path.parent.glob(f".{path.name}.*") if _is_alive(other)]
+    return [other for other in path.parent.glob(f".*.{path.name}") if _is_alive(other)]
 
 
 def _is_alive(unfinished: Path) -> bool:

@@ -116,8 +116,6 @@ class Shard:
         self.bytes = self._payload[self._tokens_start : self._predicted_start]
         """The tokens as they are stored, not checked."""
         self._checked = np.zeros(num_blocks, bool)
-        self.is_checked = num_blocks == 0
-        """Whether every block was checked."""
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
         """Return the header and the offset of the payload."""
@@ -155,21 +153,12 @@ class Shard:
         size = self._dtype.itemsize
         return self._read(self._tokens_start + start * size, self._tokens_start + stop * size, self._dtype).astype(np.int64)
 
-    def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
-        """Check the blocks that hold the tokens [start, stop) of each pair, and which are predicted, if they were not. Raises DataError as `read` does."""
+    def check(self, start: int, stop: int) -> None:
+        """Check the blocks that hold the tokens [start, stop), and which of them are predicted, if they were not. Raises DataError as `read` does."""
         size = self._dtype.itemsize
-        self._check_between(self._tokens_start + starts * size, self._tokens_start + stops * size)
+        self._check_between(self._tokens_start + start * size, self._tokens_start + stop * size)
         if self.has_predicted:
-            self._check_between(self._predicted_start + starts // 8, self._predicted_start + -(-stops // 8))
-
-    def _check_between(self, starts: np.ndarray, stops: np.ndarray) -> None:
-        """Check the blocks that hold the bytes [start, stop) of the payload of each pair, if they were not."""
-        first = starts // self.header["block_bytes"]
-        last = np.maximum(first, (stops - 1) // self.header["block_bytes"])
-        for further in range(int((last - first).max()) + 1):
-            blocks = np.minimum(first + further, last)
-            for block in np.unique(blocks[~self._checked[blocks]]).tolist():
-                self._check(block)
+            self._check_between(self._predicted_start + start // 8, self._predicted_start + -(-stop // 8))
 
     def read_predicted(self, start: int, stop: int) -> np.ndarray:
         """Return which of the tokens [start, stop) a model should say: bool, all True in a shard without `has_predicted`. Raises DataError as `read` does."""
@@ -185,15 +174,18 @@ class Shard:
             self._check(block)
 
     def _read(self, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        self._check_between(start, stop)
+        return np.frombuffer(self._payload[start:stop], dtype)
+
+    def _check_between(self, start: int, stop: int) -> None:
+        """Check the blocks that hold the bytes [start, stop) of the payload, if they were not."""
         block_bytes = self.header["block_bytes"]
         for block in range(start // block_bytes, -(-stop // block_bytes)):
             if not self._checked[block]:
                 self._check(block)
-        return np.frombuffer(self._payload[start:stop], dtype)
 
     def _check(self, block: int) -> None:
         block_bytes = self.header["block_bytes"]
         if xxhash.xxh3_64_intdigest(self._payload[block * block_bytes : (block + 1) * block_bytes]) != self._checksums[block]:
             raise DataError(f"token shard {self.path}: block {block} of {len(self._checked)} does not match its checksum; {_REMEDY}.")
         self._checked[block] = True
-        self.is_checked = bool(self._checked.all())

@@ -6,13 +6,14 @@ target is predicted once. A batch of documents or pairs is as wide as its longes
 Nothing here knows the rank. Needs numpy; the trainer makes tensors.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
@@ -30,8 +31,12 @@ _OPEN_SHARDS = 8192
 """Shards that are mapped at a time; Linux lets a process have 65,530 maps."""
 _FETCHERS = 4
 """Shards at an address that are fetched at a time, ahead of their use."""
-_ORDERED, _CHECKED = 4096, 64
-"""Samples whose order is computed at a time, and samples of packed text whose blocks are checked at a time: numpy's calls cost more than few numbers do."""
+_ORDERED, _JOINED = 4096, 64
+"""Samples whose order is computed at a time, and samples of packed text that are read at a time: numpy's calls cost more than few numbers do."""
+_CHECKED = 2**20
+"""Tokens of packed text that are checked at a time, and known to be."""
+_UNREAD, _PLAIN, _CAREFUL = range(3)
+"""What is known of samples: nothing; that their tokens are sound, and all there is; that they are sound, and something is padded, not predicted, or apart."""
 
 
 class Batch(NamedTuple):
@@ -110,7 +115,6 @@ class AnyStream(ABC):
         self.order = Order([count.tolist() for count in sizes], seed, shuffle, interleaving.stages, interleaving.parts, interleaving.micro_batch)
         self._num_tokens = np.concatenate([folder.num_tokens for folder in self.folders])
         self._shards: OrderedDict[int, Tokens] = OrderedDict()
-        self._checked = set[int]()  # those of them of which every block was checked
         self.quarantine, self.quarantined = quarantine, set[int]()
         self._fetchers, self._fetching = ThreadPoolExecutor(_FETCHERS, "fetcher"), dict[int, Future[Tokens]]()
 
@@ -145,15 +149,17 @@ class AnyStream(ABC):
         """Yield, for step `first` and all that follow it, (j, micro-batch j) for each j of `numbers`: what `micro_batch` gives, with less work for each."""
         count = global_batch // micro_batch
         is_far = self.order.parts > 1 and any(folder.copies is not None for folder in self.folders)
+        is_all_real = max(numbers) < count
         ahead = 1  # the first step is wanted at once
         while True:
             if is_far:
                 self._fetch_ahead([j % count for j in numbers], first * global_batch)
-            starts = [step * global_batch + j % count * micro_batch for step in range(first, first + ahead) for j in numbers]
-            samples = self.order.at((np.array(starts)[:, None] + np.arange(micro_batch)).reshape(-1))
+            starts = np.add.outer(np.arange(first, first + ahead) * global_batch, np.array(numbers) % count * micro_batch)
+            samples = self.order.at(np.add.outer(starts, np.arange(micro_batch)).reshape(-1))
             batches = self._batches(samples, micro_batch)
             for _ in range(ahead):
-                yield [(j, batch if j < count else batch.without_targets()) for j, batch in zip(numbers, batches, strict=False)]
+                step = list(zip(numbers, batches, strict=False))
+                yield step if is_all_real else [(j, batch if j < count else batch.without_targets()) for j, batch in step]
             first += ahead
             ahead = max(1, _ORDERED // (len(numbers) * micro_batch))
 
@@ -180,9 +186,12 @@ class AnyStream(ABC):
             if folder.copies is not None:  # a copy that made room takes its space until it is unmapped
                 leaving += [other for other, opened in self._shards.items() if other not in (shard, *leaving) and not opened.path.exists()]
             for other in leaving:
-                del self._shards[other]
-                self._checked.discard(other)
+                self._close(other)
         return found
+
+    def _close(self, shard: int) -> None:
+        """Let go of a shard, if it is open; it is opened again when it is read again."""
+        self._shards.pop(shard, None)
 
     def _fetch_ahead(self, numbers: Sequence[int], position: int) -> None:
         """Begin to fetch the shards at an address that micro-batches `numbers` of a step will need soon, from a position on."""
@@ -207,6 +216,7 @@ class AnyStream(ABC):
                 if self.quarantine is None:
                     raise
                 self.quarantined.add(number)
+                self._close(number)
                 self.quarantine(str(error))
             lost = np.zeros(len(shards), bool) if lost is None else lost
             lost[rows] = True
@@ -230,6 +240,11 @@ class Stream(AnyStream):
         super().__init__(folders, seed, shuffle, interleaving, quarantine)
         self._dtype = self.folders[0].dtype
         self._is_alike = all(folder.dtype == self._dtype for folder in self.folders)  # not so with files of other programs
+        self._per_group = max(1, _CHECKED // tokens_per_sample)
+        num_groups = np.diff(self._sample_ends, prepend=0) // self._per_group + 2
+        self._first_group = np.cumsum(np.append(0, num_groups))
+        self._known = np.full(self._first_group[-1], _UNREAD, np.int8)
+        self._rows = dict[int, np.ndarray]()  # shard -> its samples as they lie in the file, of the shards of which something is known
 
     @property
     def mean_tokens(self) -> float:
@@ -245,56 +260,59 @@ class Stream(AnyStream):
         assert "pairs" not in folder.facts, f"{folder.name} holds pairs"
         return np.maximum(0, -(-(folder.num_tokens - 1) // self.tokens_per_sample))
 
+    def _close(self, shard: int) -> None:
+        super()._close(shard)
+        self._rows.pop(shard, None)
+        self._known[self._first_group[shard] : self._first_group[shard + 1]] = _UNREAD
+
     def _batches(self, samples: np.ndarray, micro_batch: int) -> Iterator[Batch]:
-        width, size = self.tokens_per_sample + 1, self._dtype.itemsize
+        width = self.tokens_per_sample + 1
         shards, numbers = self._find(samples)
         starts = numbers * self.tokens_per_sample
         lengths = np.minimum(width, self._num_tokens[shards] - starts)
-        together = max(1, _CHECKED // micro_batch) * micro_batch
+        is_whole = lengths == width
+        groups = self._first_group[shards] + numbers // self._per_group + ~is_whole  # the last sample of a shard, if it is short, is a group of its own
+        names, places = shards.tolist(), numbers.tolist()
+        together = max(1, _JOINED // micro_batch) * micro_batch
         for first in range(0, len(samples), together):
             these = slice(first, first + together)
-            opened, lost = self._check(shards[these], starts[these], lengths[these])
-            names = shards[these].tolist()
-            if (
-                lost is None
-                and self._is_alike
-                and not self.within
-                and lengths[these].min() == width
-                and not any(opened[name].has_predicted for name in set(names))
-            ):
-                froms, tos = (starts[these] * size).tolist(), ((starts[these] + width) * size).tolist()
-                # Joining slices of the maps copies each token once, without numpy's calls for each row or shard.
-                slices = [opened[name].bytes[start:stop] for name, start, stop in zip(names, froms, tos, strict=True)]
-                for start in range(0, len(names), micro_batch):
-                    ids = np.frombuffer(b"".join(slices[start : start + micro_batch]), self._dtype).reshape(-1, width).astype(np.int64)
-                    yield Batch(ids[:, :-1], ids[:, 1:], samples[first + start : first + start + micro_batch])
-            else:
-                for start in range(first, first + len(names), micro_batch):
-                    rows = slice(start, start + micro_batch)
-                    left_out = None if lost is None else lost[start - first : start - first + micro_batch]
-                    yield self._careful_batch(samples[rows], [opened.get(name) for name in shards[rows].tolist()], starts[rows], lengths[rows], left_out)
+            opened, lost = None, None
+            if np.count_nonzero(self._known[groups[these]] != _PLAIN):
+                opened, lost = self._check(shards[these], numbers[these], groups[these], is_whole[these])
+            if opened is None or not np.count_nonzero(self._known[groups[these]] != _PLAIN):
+                # Joining the rows copies each token once, without numpy's work for each row or shard.
+                rows: Any = map(operator.getitem, map(self._rows.__getitem__, names[these]), places[these])
+                ids = np.frombuffer(b"".join(rows), self._dtype).astype(np.int64).reshape(-1, micro_batch, width)
+                yield from map(Batch, ids[:, :, :-1], ids[:, :, 1:], samples[these].reshape(-1, micro_batch))
+                continue
+            for start in range(first, min(first + together, len(samples)), micro_batch):
+                among = slice(start, start + micro_batch)
+                left_out = None if lost is None else lost[start - first : start - first + micro_batch]
+                yield self._careful_batch(samples[among], [opened.get(name) for name in names[among]], starts[among], lengths[among], left_out)
 
     def _batch(self, samples: np.ndarray) -> Batch:
         return next(self._batches(samples, len(samples)))
 
-    def _check(self, shards: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[dict[int, Tokens], np.ndarray | None]:
-        """Open the shards and check all that is read of the samples; the shards, and which samples are lost: bool [samples], None where none is."""
-        if len(self._checked) == len(self._sample_ends):
-            return self._shards, None
-        opened: dict[int, Tokens] = {}  # the copies of the first may make room for those of the last, and stay readable here
+    def _check(self, shards: np.ndarray, numbers: np.ndarray, groups: np.ndarray, is_whole: np.ndarray) -> tuple[dict[int, Tokens], np.ndarray | None]:
+        """Open the shards of samples and check what is not known of them; the shards, and which samples are lost: bool [samples], None where none is."""
+        opened: dict[int, Tokens] = {}  # held here, since the copies of the first may make room for those of the last
 
         def check(shard: Tokens, rows: np.ndarray) -> None:
-            number = int(shards[rows[0]])
-            if not shard.is_checked:
-                shard.check(starts[rows], starts[rows] + lengths[rows])
-                if self.within:
-                    _ = shard.document_ends
-            if shard.is_checked:
-                self._checked.add(number)
-            opened[number] = shard
+            name = int(shards[rows[0]])
+            opened[name] = shard
+            fresh = rows[self._known[groups[rows]] == _UNREAD]
+            for group in sorted(set((numbers[fresh] // self._per_group).tolist())):
+                start, stop = (number * self._per_group * self.tokens_per_sample for number in (group, group + 1))
+                shard.check(start, min(stop + 1, shard.num_tokens))
+            if self.within:
+                _ = shard.document_ends
+            if name not in self._rows and self._is_alike and not (self.within or shard.has_predicted):
+                size, num_rows = self._dtype.itemsize, (shard.num_tokens - 1) // self.tokens_per_sample
+                strides = self.tokens_per_sample * size, size  # rows share a token
+                self._rows[name] = np.ndarray((num_rows, self.tokens_per_sample + 1), self._dtype, shard.bytes, strides=strides)
+            self._known[groups[fresh]] = np.where(is_whole[fresh] & (name in self._rows), _PLAIN, _CAREFUL)
 
-        lost = self._read(shards, check)
-        return opened, lost
+        return opened, self._read(shards, check)
 
     def _careful_batch(self, samples: np.ndarray, shards: Sequence[Tokens | None], starts: np.ndarray, lengths: np.ndarray, lost: np.ndarray | None) -> Batch:
         """Samples of which something is padded, lost or not predicted, or that are to be attended to document by document."""

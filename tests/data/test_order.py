@@ -36,6 +36,13 @@ def test_permute_differs_between_epochs_and_seeds(length, seed, epoch):
     assert (order != permute(np.arange(length), length, (seed + 1, epoch))).any()
 
 
+@given(st.integers(1, 3000), st.tuples(seeds, seeds), st.data())
+def test_what_is_looked_up_is_what_is_computed(length, key, data):
+    few = np.array(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=3)))  # too few for tables
+    assert (permute(few, length, key) == permute(np.arange(length), length, key)[few]).all()
+    assert (unpermute(few, length, key) == unpermute(np.arange(length), length, key)[few]).all()
+
+
 def test_permute_mixes_well():
     places = permute(np.arange(10_000), 10_000, (0, 0))
     assert abs(np.corrcoef(np.arange(10_000), places)[0, 1]) < 0.05

@@ -1,5 +1,6 @@
 """Prepared folders at an address, read through copies on this node."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -116,7 +117,8 @@ def test_a_cache_smaller_than_what_is_read_together_loses_nothing(tmp_path, with
             far._batches(far.order.at(range(start, start + 100)), 4), near._batches(near.order.at(range(start, start + 100)), 4), strict=True
         ):
             assert batch.left_out is None and (batch.labels == expected.labels).all() and (batch.input_ids == expected.input_ids).all()
-    assert far._checked == {number for number, shard in far._shards.items() if shard.is_checked} and len(far._checked) < 24
+    first, known = far._first_group, far._known
+    assert {number for number in range(24) if known[first[number] : first[number + 1]].any()} == set(far._shards) and len(far._shards) < 24
 
 
 def test_what_is_being_fetched_counts_and_what_is_left_behind_goes(tmp_path):
@@ -124,7 +126,7 @@ def test_what_is_being_fetched_counts_and_what_is_left_behind_goes(tmp_path):
     folder = open_folder("memory://store", Cache(folder=tmp_path / "copies", gib=3.5 * sizes[0] / 2**30))
     copies = [folder.open(number).path for number in (0, 1)]
     os.utime(copies[0], ns=(0, 0))
-    other, left = tmp_path / "copies/another/.a.1.host.1.1", tmp_path / "copies/another/.b.1.host.1.1"
+    other, left = tmp_path / "copies/another/.1.host.1.1.a", tmp_path / "copies/another/.1.host.1.1.b"
     other.parent.mkdir()
     for path in (other, left):
         path.write_bytes(bytes(sizes[0]))
@@ -134,9 +136,48 @@ def test_what_is_being_fetched_counts_and_what_is_left_behind_goes(tmp_path):
     seen = []
     real = remote._blocks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "_blocks", lambda address: seen.extend(p.stat().st_size for p in (tmp_path / "copies").glob("*/.shard*")) or real(address))
+        patch.setattr(
+            remote, "_blocks", lambda address: seen.extend(p.stat().st_size for p in (tmp_path / "copies").glob("*/.*shard-00003.bin")) or real(address)
+        )
         folder.open(3)
     assert seen == sizes[:1]  # the whole size, before the first byte
+
+
+def test_ranks_that_want_other_shards_at_once_wait_until_there_is_room(tmp_path, monkeypatch):
+    sizes = made(tmp_path / "here", [4000] * 8, "memory://store")
+    assert len(set(sizes)) == 1
+    seen, together = [], []
+    slow = remote._blocks
+
+    def blocks(address):
+        for block in slow(address):
+            for _ in range(5):  # longer in sum than a file may stand still, shorter each
+                time.sleep(0.05)
+                files = {}
+                for path in (tmp_path / "copies").glob("*/*"):
+                    with contextlib.suppress(FileNotFoundError):
+                        files[path.name] = path.stat().st_size
+                seen.append(sum(files.values()))
+                together.append(sum(name.startswith(".") and size > 0 for name, size in files.items()))
+            yield block
+
+    monkeypatch.setattr(remote, "_blocks", blocks)
+    monkeypatch.setattr(remote, "_STALLED_S", 0.6)
+    cache = Cache(folder=tmp_path / "copies", gib=2.5 * sizes[0] / 2**30)
+    folders = [open_folder("memory://store", cache) for _ in range(8)]
+    found: dict[int, list[int]] = {}
+
+    def fetch(number):
+        found[number] = folders[number].open(number).read(0, 2).tolist()
+
+    threads = [threading.Thread(target=fetch, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: [number] * 2 for number in range(8)}
+    assert max(seen) <= 2.5 * sizes[0] and max(together) == 2
+    assert sum(folder.copies.fetched_bytes for folder in folders) == sum(sizes)  # none was taken for left behind
 
 
 def test_a_rank_so_slow_that_its_own_file_counts_as_left_behind_fetches(tmp_path, monkeypatch):
@@ -172,7 +213,7 @@ def test_an_unfinished_file_of_a_rank_that_is_gone_is_no_obstacle(tmp_path, monk
     monkeypatch.setattr(remote, "_STALLED_S", 0.5)
     made(tmp_path / "here", [5], "memory://store")
     folder = open_folder("memory://store", Cache(folder=tmp_path / "copies"))
-    left = folder.copies._folder / ".shard-00000.bin.00000000000000000001.host.1.1"
+    left = folder.copies._folder / ".00000000000000000001.host.1.1.shard-00000.bin"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"DQ")
     assert folder.open(0).read(0, 3).tolist() == [0] * 3
@@ -193,7 +234,8 @@ remote._blocks = blocks
 remote.Copies("file://{tmp_path}/store", __import__("pathlib").Path("{tmp_path}/copies"), 10**9).open("shard-00000.bin", 1, "x")
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    assert [path.name[:17] for path in (tmp_path / "copies").glob("*/*")] == [".shard-00000.bin."]
+    (left,) = (tmp_path / "copies").glob("*/*")
+    assert left.name.startswith(".") and left.name.endswith(".shard-00000.bin")
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "cut", "another"])

@@ -285,6 +285,33 @@ def test_a_quarantined_shard_has_no_targets_and_moves_nothing(tmp_path, kind):
     assert (stream.batch(range(20)).labels == batch.labels).all()
 
 
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 200))
+@settings(max_examples=30, deadline=None)
+def test_samples_near_damage_are_refused_each_time_and_no_others(tmp_path_factory, where, tokens_per_sample, together):
+    tokens = np.random.default_rng(where).integers(0, 1000, 401)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dqtrain.data.shard.BLOCK_BYTES", 64)
+        patch.setattr("dqtrain.data.stream._CHECKED", together)
+        folder = made(tmp_path_factory.mktemp("damaged") / "f", [tokens], [[401]])
+        path = folder / "shard-00000.bin"
+        content, opened = bytearray(path.read_bytes()), Shard(path)
+        byte = where % (2 * len(tokens)) + 8  # of the payload, behind the end of the one document
+        content[len(content) - 8 * len(opened._checksums) - len(opened._payload) + byte] ^= 1
+        path.write_bytes(content)
+        stream = Stream(folder, tokens_per_sample, 0, False)
+        group = max(1, together // tokens_per_sample)
+        for _ in range(2):
+            for i in range(stream.num_samples):
+                first, end = (i // group * group * tokens_per_sample, min((i // group + 1) * group * tokens_per_sample + 1, 401))
+                blocks = range((8 + 2 * first) // 64, (8 + 2 * end - 1) // 64 + 1)
+                if byte // 64 in blocks:
+                    with pytest.raises(DataError, match=f"block {byte // 64} of"):
+                        stream.batch(range(i, i + 1))
+                else:
+                    expected = tokens[i * tokens_per_sample : (i + 1) * tokens_per_sample + 1]
+                    assert stream.sample(i)[0][: len(expected) - 1].tolist() == expected[:-1].tolist()
+
+
 @pytest.mark.parametrize("where", ["document ends", "loss bits"])
 def test_damage_beside_the_tokens_is_quarantined_too(tmp_path, where, monkeypatch):
     monkeypatch.setattr("dqtrain.data.shard.BLOCK_BYTES", 16)  # tokens, and what is beside them, in blocks of their own
