@@ -115,5 +115,8 @@ def pack(rows: Rows, quantizer: WeightQuantizer, found: Fit) -> dict[str, np.nda
 
 def _bytes(digits: np.ndarray, bits: int) -> np.ndarray:
     """Digits [rows, n] -> bytes [rows, n * bits / 8], the first digit lowest."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return (digits.reshape(len(digits), -1, len(shifts)) << shifts).sum(-1, dtype=np.uint8)
+    per_byte = 8 // bits
+    packed = digits[:, ::per_byte].copy()
+    for place in range(1, per_byte):
+        packed |= digits[:, place::per_byte] << np.uint8(place * bits)
+    return packed

@@ -168,7 +168,8 @@ class OnnxRunner:
         is_chat, forced = False, None
         if self.encoder is not None:
             source = encode_sources(tokenizer, [prompt], longest or 2**20, True)
-            ids = [self.config.decoder_start_token_id]
+            start = getattr(self.config, "decoder_start_token_id", None)
+            ids = [search.decoder_start_token_id if start is None else start]
             ends, forced, room = [tokenizer.eos_token_id], search.forced_bos_token_id, tokens
             forced = None if forced == tokenizer.bos_token_id else forced
             reading = self.start(source)

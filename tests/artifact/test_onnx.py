@@ -11,11 +11,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, LLAMA
 from test_ggml_blocks import GRIDS_AND_BITS, drawn, quantizer_of
 from test_gguf import QUANT, packed_artifact, student  # noqa: F401 # a fixture
 from test_packed import about, settings
-from transformers import BartConfig, GPT2Config, LlamaConfig, OPTConfig, PegasusConfig, T5Config
+from transformers import BartConfig, GPT2Config, LlamaConfig, OPTConfig, PegasusConfig, Qwen3Config, Qwen3ForCausalLM, T5Config
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
@@ -156,6 +156,7 @@ def opened(made):
         yield OnnxTarget(tensors, made[0].config, Export())
 
 
+MODELS = FAMILIES | {"qwen3": lambda **keys: Qwen3ForCausalLM(Qwen3Config(**LLAMA, vocab_size=97, **keys))}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 FLOAT_PARTS = {"positions": None, "overrides": ({"match": "*1.*c_fc.weight", "keep_float": True}, {"match": "*0.attn.c_proj.weight", "keep_float": True})}
@@ -170,6 +171,7 @@ CASES = {
     "llama, float": ("llama", {"rope_parameters": LINEAR, "head_dim": 16}, {"linears": None}),
     "mistral": ("mistral", {"sliding_window": 5}, {"linears": 4, "granularity": "per_group", "group_size": 16}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}, {"grid": "affine", "linears": 8}),
+    "qwen3": ("qwen3", {"head_dim": 16, "attention_bias": True}, {}),
     "bart": ("bart", {}, {"grid": "minmax_affine"}),
     "bart, float": ("bart", {"activation_function": "relu"}, {"embeddings": None, "positions": None}),
     "mbart": ("mbart", {"scale_embedding": True}, {"grid": "seq"}),
@@ -181,7 +183,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_graphs_compute_what_transformers_does(name, world, tmp_path):
     family, config, quant = CASES[name]
-    model = FAMILIES[family](**config)
+    model = MODELS[family](**config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in [*model.parameters(), *(buffer for key, buffer in model.named_buffers() if key == "final_logits_bias")]:
