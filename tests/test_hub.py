@@ -106,8 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
 def hub(world: Path, tmp_path: Path) -> Iterator[Hub]:
     """The teacher of `world` on a hub, with files beside it that nobody needs."""
     folder = shutil.copytree(world / "teacher", tmp_path / "repository")
-    for name in ("pytorch_model.bin", "model.onnx", "README.md"):
+    for name in ("pytorch_model.bin", "model.onnx"):
         (folder / name).write_text("not this")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     (tmp_path / "texts").mkdir()
     write_corpus(tmp_path / "texts/train.jsonl", 40, 0)
     (tmp_path / "texts/README.md").write_text("Forty sentences.")
@@ -161,13 +162,14 @@ def files_of(tmp_path: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_a_run_from_the_hub_goes_on_without_it(hub: Hub, dqtrain: Callable[..., str], config: Path, tmp_path: Path) -> None:
-    small = {path.name for path in hub.folder.iterdir() if path.suffix == ".json"}
+    small = {path.name for path in hub.folder.iterdir() if path.suffix in (".json", ".md")}
     assert "config.json" in small and "tokenizer.json" in small
     assert "Traceback" not in dqtrain("plan", config, "--gpus", 1)
     assert files_of(tmp_path) == small
     dqtrain("train", config)
     assert files_of(tmp_path) == small | {"model.safetensors"}
     assert f"path: {ID}\n" in (tmp_path / "run/run.yaml").read_text()
+    assert f"license: mit\nbase_model: {NAME}\n" in (tmp_path / "run/artifact/packed/README.md").read_text()
     # Once it is there, the hub is not asked.
     hub.requests.clear()
     for arguments in (

@@ -1,5 +1,6 @@
 """The model card: README.md of an exported folder, with the front matter that the Hub reads. Of one checkpoint it is the same text each time."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import yaml
 
 from dqtrain.config import RunConfig, Target
 from dqtrain.errors import UserError
+from dqtrain.files import write_text
 from dqtrain.quant.modules import Coverage
 from dqtrain.rundir import RunDir, model_directory
 
@@ -21,15 +23,20 @@ _LOAD: dict[str, str] = {
 }
 
 
-def model_card(run: RunDir, target: Target, figures: Mapping[str, Any], scores: Mapping[str, Any], is_encoder_decoder: bool) -> str:
-    """README.md of a target: recipe, sizes and proof (`export.export`'s `figures`), scores of the checkpoint (as in result.json), licence, and how to load it."""
+def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, Any], scores: Mapping[str, Any], is_encoder_decoder: bool) -> None:
+    """README.md of a target: recipe, sizes and proof (`export.export`'s `figures`), scores of the checkpoint (as in result.json), licence, and how to load it.
+
+    A LICENSE that lies beside the teacher is copied. Raises OSError.
+    """
     config = run.load_config()
     coverage = Coverage.from_json(run.coverage.read_text()) if config.quant is not None else None
-    teacher, licence = _teacher(config)
+    teacher, licence, text = _teacher(config)
+    if text is not None:
+        shutil.copy(text, folder / "LICENSE")
     auto = "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM"
     recipe = config.model_dump(mode="json", include=_RECIPE, exclude={"student": {"init_from"}}, exclude_defaults=True)
     parts = [
-        _front_matter(config, target, licence, is_encoder_decoder),
+        _front_matter(config, target, licence or ("other" if text else None), is_encoder_decoder),
         f"# {run.path.name}, {target}",
         f"Trained by dqtrain for {scores['step']:,} steps{f', taught by {teacher}' if teacher else ''}.",
         "## Use",
@@ -46,9 +53,15 @@ def model_card(run: RunDir, target: Target, figures: Mapping[str, Any], scores: 
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
         *([] if coverage is None else [f"```\n{coverage.table()}\n```"]),
         "## Licence",
-        f"{licence}, as the teacher's card states." if licence else "Not stated by the teacher." if teacher else "Not stated.",
+        f"{licence}, as the teacher's card states."
+        if licence
+        else "The teacher's: LICENSE."
+        if text
+        else "Not stated by the teacher."
+        if teacher
+        else "Not stated.",
     ]
-    return "\n\n".join(parts) + "\n"
+    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _front_matter(config: RunConfig, target: Target, licence: str | None, is_encoder_decoder: bool) -> str:
@@ -67,18 +80,20 @@ def _front_matter(config: RunConfig, target: Target, licence: str | None, is_enc
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
 
 
-def _teacher(config: RunConfig) -> tuple[str | None, str | None]:
-    """What a stranger may know the teacher by, and the licence that its card names; None where there is none."""
+def _teacher(config: RunConfig) -> tuple[str | None, str | None, Path | None]:
+    """What a stranger may know the teacher by, the licence that its card names, and the file of its text; None where there is none."""
     if config.teacher is None:
-        return None, None
-    path = config.teacher.path
+        return None, None, None
+    path, stated, text = config.teacher.path, None, None
     try:
-        card = (model_directory(path) / "README.md").read_text()
+        folder = model_directory(path)
+        text = next((folder / name for name in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (folder / name).is_file()), None)
+        card = (folder / "README.md").read_text()
         stated = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else None
-    except (UserError, OSError, ValueError, yaml.YAMLError):  # it may be gone by now
-        stated = None
+    except (UserError, OSError, ValueError, yaml.YAMLError):  # it may be gone by now, or be no card of the Hub
+        pass
     licence = stated.get("license") if isinstance(stated, dict) else None
-    return _hub_name(path) or path.name, licence if isinstance(licence, str) else None
+    return _hub_name(path) or path.name, licence if isinstance(licence, str) else None, text
 
 
 def _hub_name(path: Path) -> str | None:

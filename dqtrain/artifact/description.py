@@ -33,7 +33,8 @@ def describe(files: Mapping[str, tuple[int, str]], fp32_bytes: int, about: Mappi
         if setting not in settings:
             settings.append(setting)
         coverage.append([row["name"], row["shape"], settings.index(setting)])
-    content = {"format": FORMAT, "weights": weights, "sizes": sizes, **about, "settings": settings, "coverage": coverage}
+    rest = {key: value for key, value in about.items() if key != "coverage"}
+    content = {"format": FORMAT, "weights": weights, "sizes": sizes, **rest, "settings": settings, "coverage": coverage}
     return sealed([f'"{key}": {_a_line_each(value) if key in ("settings", "coverage") else json.dumps(value)}' for key, value in content.items()])
 
 

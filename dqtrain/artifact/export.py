@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.card import model_card
+from dqtrain.artifact.card import write_card
 from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed, refuse_settings
 from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
@@ -137,7 +137,7 @@ def _figures(run: RunDir, target: Target, model: PreTrainedModel, folder: Path, 
     """What is known of a target, which is left in its folder too: parity.json, and README.md for people."""
     figures = {"path": str(run.artifact(target)), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": found}
     write_text(folder / "parity.json", json.dumps(found, indent=1))
-    write_text(folder / "README.md", model_card(run, target, figures, scores, model.config.is_encoder_decoder))
+    write_card(run, target, folder, figures, scores, model.config.is_encoder_decoder)
     return figures
 
 

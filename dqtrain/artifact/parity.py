@@ -8,12 +8,14 @@ the student's own 8-bit activations are.
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import get_max_memory
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,10 +44,6 @@ WHOLE_BYTES = 2**30
 """What a student may take as floats for its artifact to be loaded whole, as its users do. A larger one is read from its files, a module at a time."""
 
 
-def _fits(trained: PreTrainedModel) -> bool:
-    return float_bytes(trained) <= WHOLE_BYTES
-
-
 @torch.no_grad()
 def verify(trained: PreTrainedModel, folder: Path, packed: Path | None = None) -> dict[str, Any]:
     """Compare a trained (fake-quantized or float) model with what its exported folder loads as; the figures.
@@ -53,7 +51,8 @@ def verify(trained: PreTrainedModel, folder: Path, packed: Path | None = None) -
     Logits are those of the student, or, for a folder whose activations are float, those of its `packed` artifact without activation quantizers. Raises
     CheckpointError that names the first tensor which is not bit-identical to the trained grid, or the difference of the logits.
     """
-    loaded = load_any(folder) if _fits(trained) else artifact_in_files(folder)
+    is_small = float_bytes(trained) <= WHOLE_BYTES
+    loaded = load_any(folder) if is_small else artifact_in_files(folder)
     found = dict(loaded.named_parameters())
     num_tensors = 0
     for name, tensor in served_parameters(trained):
@@ -72,7 +71,7 @@ def verify(trained: PreTrainedModel, folder: Path, packed: Path | None = None) -
     ids = torch.randint(vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
     here = torch.ones_like(ids, dtype=torch.bool)
     inputs = Inputs(ids, here, ids.flip(1), here) if trained.config.is_encoder_decoder else Inputs(ids, here)
-    reference = trained if packed is None else _artifact(trained, packed, "dense")
+    reference = trained if packed is None else (load_artifact if is_small else artifact_in_files)(packed, "dense")
     ours, theirs = LanguageModel(reference.eval()).logits(inputs), LanguageModel(loaded).logits(inputs)
     difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
     if not difference <= LOGITS_TOLERANCE:
@@ -84,10 +83,6 @@ def verify(trained: PreTrainedModel, folder: Path, packed: Path | None = None) -
         "relative_logit_difference": difference,
         "top1_agreement": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
     }
-
-
-def _artifact(trained: PreTrainedModel, packed: Path, mode: str = "exact") -> PreTrainedModel:
-    return load_artifact(packed, mode) if _fits(trained) else artifact_in_files(packed, mode)
 
 
 class _Sample(NamedTuple):
@@ -134,11 +129,11 @@ def _samples(held_out: AnyStream | None, config: Any) -> list[_Sample]:
     return samples or _samples(None, config)
 
 
-def _with_8_bit_inputs(trained: PreTrainedModel, packed: Path, about: dict[str, Any]) -> PreTrainedModel:
+def _with_8_bit_inputs(load: Callable[[Path, str], PreTrainedModel], packed: Path, about: dict[str, Any]) -> PreTrainedModel:
     """The student with 8-bit activations: its own, or where it has others those that `activations: {bits: 8}` gives."""
     if about["activations"] and about["activations"]["bits"] == 8:
-        return _artifact(trained, packed)
-    model = _artifact(trained, packed, "dense")
+        return load(packed, "exact")
+    model = load(packed, "dense")
     rows = Coverage.from_json(json.dumps(about["coverage"])).rows
     inputs = [replace(row, input_quantizer=ActivationQuantizer("input", 8, "per_token")) for row in rows if row.quantizer]
     quantize_activations(model, Coverage(inputs), None)
@@ -158,9 +153,11 @@ def verify_target(
     samples = _samples(held_out, trained.config)
     longest = max(max(len(sample.ids), 0 if sample.source is None else len(sample.source)) for sample in samples)
     figures["tokenizer"] = {"texts": 0} if held_out is None else _verify_tokenizer(folder, packed, target, samples)
+    # The program will load the model whole, too: many texts are read, for each of which the files would be read once.
+    load = load_artifact if 2 * float_bytes(trained) <= get_max_memory()["cpu"] else artifact_in_files
     plain, noisy, as_trained = (  # one model at a time
         [sample.of(model) for model in (LanguageModel(make()),) for sample in samples]
-        for make in (lambda: _artifact(trained, packed, "dense"), lambda: _with_8_bit_inputs(trained, packed, about), lambda: _artifact(trained, packed))
+        for make in (lambda: load(packed, "dense"), lambda: _with_8_bit_inputs(load, packed, about), lambda: load(packed, "exact"))
     )
     noise = _relative_l2(noisy, plain)
     with target.with_float_activations(folder, longest) as runner:

@@ -102,6 +102,19 @@ def test_a_teacher_of_the_hub_is_the_base_model_and_one_that_is_gone_states_no_l
     assert "license" not in ModelCard(text).data.to_dict() and "Not stated by the teacher." in text
 
 
+def test_a_licence_that_lies_beside_the_teacher_goes_with_the_student(run, exported, tmp_path):
+    shutil.copytree(run.path, tmp_path / "other", ignore=shutil.ignore_patterns("artifact"))
+    other = type(run)(tmp_path / "other")
+    other.config.write_text(yaml.safe_dump(yaml.safe_load(other.config.read_text()) | {"teacher": {"path": str(other.path / "teacher")}}))
+    (other.path / "teacher/README.md").write_text("# No front matter\n")
+    (other.path / "teacher/LICENSE.txt").write_text("Do as you like.\n")
+    export(other, chosen_checkpoint(other))
+    folder = other.artifact("packed")
+    assert (folder / "LICENSE").read_text() == "Do as you like.\n"
+    text = (folder / "README.md").read_text()
+    assert ModelCard(text).data.license == "other" and "The teacher's: LICENSE." in text
+
+
 def test_another_models_checkpoint_is_refused(run, tmp_path):
     shutil.copytree(run.path, tmp_path / "other", ignore=shutil.ignore_patterns("artifact"))
     config = json.loads((tmp_path / "other/student/config.json").read_text())

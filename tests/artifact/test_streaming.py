@@ -124,6 +124,14 @@ def test_no_more_than_one_weight_is_there_at_a_time(tmp_path):
     assert live == [numbers] and largest <= most[0] < 1.2 * largest, (most, largest)
 
 
+def test_the_noise_of_8_bit_activations_is_the_same_from_files(tmp_path):
+    write(tmp_path, settings(activations=None))
+    about = format.read_description(tmp_path)
+    with torch.no_grad():
+        whole, read = (logits_of(parity._with_8_bit_inputs(load, tmp_path, about)) for load in (load_artifact, artifact_in_files))
+        assert torch.equal(whole, read) and not torch.equal(whole, logits_of(load_artifact(tmp_path)))
+
+
 @pytest.fixture
 def parts(tmp_path, monkeypatch):
     """(model, its artifact in parts)."""
