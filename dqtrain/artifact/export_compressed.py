@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from dqtrain.artifact.compressed_plan import HEAD, TYPES_OF_FLOATS, Placement, plan, stored_inputs
+from dqtrain.artifact.compressed_plan import TYPES_OF_FLOATS, Placement, plan, stored_inputs
 from dqtrain.artifact.format import PackedTensors
 from dqtrain.artifact.load_compressed import TransformersRunner, compressed_tensors_package, load_compressed
 from dqtrain.artifact.target import Runner
@@ -110,16 +110,17 @@ class CompressedTarget:
         tensors = dict(self._tensors())
         write_tensors(folder / FILE, {name: layout for name, (layout, _) in tensors.items()}, lambda name: tensors[name][1]())
         written = json.loads((folder / "config.json").read_text())
-        if f"{HEAD}.weight" in self.packed.floats:  # a head that was trained to read a tied table before rounding
+        if f"{self.plan.head}.weight" in self.packed.floats:  # a head that was trained to read a tied table before rounding
             written["tie_word_embeddings"] = False
-        write_text(folder / "config.json", json.dumps({**written, "dtype": "float32", "quantization_config": self._config()}, indent=2) + "\n")
+        ours = {"architectures": [self.plan.architecture], "dtype": "float32", "quantization_config": self._config()}
+        write_text(folder / "config.json", json.dumps({**written, **ours}, indent=2) + "\n")
 
     def _tensors(self) -> Iterator[tuple[str, tuple[tuple[torch.dtype, tuple[int, ...]], Callable[[], Tensor]]]]:
         """(name, ((dtype, shape), what makes it)) of all that the file holds."""
         for place in self.plan.placements:
             for name, layout in place.stored.items():
                 yield name, (layout, functools.partial(self._data, place, name.rpartition(".")[2]))
-        for name, layout in stored_inputs(HEAD, self.plan.head_inputs).items():
+        for name, layout in stored_inputs(self.plan.head, self.plan.head_inputs).items():
             yield name, (layout, functools.partial(self._input, *name.rsplit(".", 1)))
         for name in self.packed.floats:
             if not is_learned_scale(name):
@@ -175,7 +176,7 @@ class CompressedTarget:
             weights |= {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
             groups[f"group_{len(groups)}"] = {"targets": modules, "weights": weights, "input_activations": _args(scheme.inputs), "format": scheme.format}
         if self.plan.head_inputs is not None:
-            groups["head"] = {"targets": [HEAD], "weights": None, "input_activations": _args(self.plan.head_inputs), "format": "dense"}
+            groups["head"] = {"targets": [self.plan.head], "weights": None, "input_activations": _args(self.plan.head_inputs), "format": "dense"}
         formats = {group["format"] for group in groups.values()} - {"dense"}
         return {
             "quant_method": "compressed-tensors",

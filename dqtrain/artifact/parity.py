@@ -189,7 +189,7 @@ def verify_target(
         if not shipped[name] <= TIMES_OWN_NOISE * noise and not allow_inexact:
             raise CheckpointError(
                 f"{folder}: {target.program}'s own 8-bit activations move the logits by {shipped[name]:.1e} ({name}), more than {TIMES_OWN_NOISE:g} times what the "
-                f"student's do, {noise:.1e}. Train with activations of scale block_256, which are more like it, or allow it: --allow-inexact."
+                f"student's do, {noise:.1e}. Train with activations as it has them (docs/artifacts.md), or allow it: --allow-inexact."
             )
     figures["bytes"] = _verify_size(folder, target, trained)
     return figures

