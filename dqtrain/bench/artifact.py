@@ -96,6 +96,19 @@ def _llama_cpp(folder: Path) -> Write:
     return write
 
 
+def _onnx_runtime(folder: Path) -> Write:
+    from dqtrain.artifact.onnx_runtime import OnnxRunner
+
+    runner = OnnxRunner(folder)
+
+    def write(ids: list[list[int]], tokens: int) -> None:
+        reading, read = runner.start(batch=len(ids)), ids
+        for _ in range(tokens):
+            read = reading.read(read)[:, -1].argmax(-1)[:, None].tolist()
+
+    return write
+
+
 RUNTIMES = {
     "transformers fp32": Runtime("fp32", 4, _transformers),
     "transformers bf16": Runtime("bf16", 2, _transformers),
@@ -107,9 +120,13 @@ RUNTIMES = {
     "llama.cpp Q4_0": Runtime("gguf 4", 4.5 / 8, _llama_cpp),
     "llama.cpp TQ1_0": Runtime("gguf 2", 1.6875 / 8, _llama_cpp),
     "llama.cpp TQ2_0": Runtime("gguf 2 fastest", 2.0625 / 8, _llama_cpp),
+    "ONNX Runtime fp32": Runtime("onnx float", 4, _onnx_runtime),
+    "ONNX Runtime 8 bit": Runtime("onnx 8", 1 + 4 / 128, _onnx_runtime),
+    "ONNX Runtime 4 bit": Runtime("onnx 4", 0.5 + 4 / 128, _onnx_runtime),
+    "ONNX Runtime 2 bit": Runtime("onnx 2", 0.25 + 4 / 128, _onnx_runtime),
 }
 
-WEIGHTS = {".safetensors", ".gguf"}
+WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data"}
 
 LONGEST = 1024
 """Positions of the model."""
@@ -195,9 +212,11 @@ def _prepare(folder: Path, layers: int, width: int, vocabulary: int) -> None:
 
     from dqtrain.artifact import format
     from dqtrain.artifact.export_gguf import GgufTarget
+    from dqtrain.artifact.export_onnx import OnnxTarget
     from dqtrain.artifact.load import load_artifact
     from dqtrain.artifact.pretrained import name_in_config
     from dqtrain.artifact.size import export_about
+    from dqtrain.artifact.target import RuntimeTarget
     from dqtrain.config import Export, Quant, Source
     from dqtrain.data.prepare import load_tokenizer, train_tokenizer
     from dqtrain.quant.modules import quantize_model
@@ -219,11 +238,15 @@ def _prepare(folder: Path, layers: int, width: int, vocabulary: int) -> None:
         config.save_pretrained(packed)
         format.write(model, packed, export_about(coverage, quant.activations.model_dump() if quant.activations else None))
         name_in_config(packed)
-        for layout in ("smallest", "fastest")[: 2 if name == "2" else 1]:
-            gguf = folder / (f"gguf {name}" if layout == "smallest" else f"gguf {name} fastest")
-            gguf.mkdir()
-            with format.PackedTensors(packed, format.read_description(packed)) as tensors:
-                GgufTarget(tensors, config, Export.model_validate({"gguf": layout})).write(gguf)
+        with format.PackedTensors(packed, format.read_description(packed)) as tensors:
+            made: list[tuple[str, RuntimeTarget]] = [
+                (f"gguf {name}", GgufTarget(tensors, config, Export())),
+                (f"onnx {name}", OnnxTarget(tensors, config, Export())),
+            ]
+            made += [("gguf 2 fastest", GgufTarget(tensors, config, Export(gguf="fastest")))] if name == "2" else []
+            for place, target in made:
+                (folder / place).mkdir()
+                target.write(folder / place)
     dense = load_artifact(folder / "packed 2", "dense")
     dense.save_pretrained(folder / "fp32")
     dense.to(torch.bfloat16).save_pretrained(folder / "bf16")  # type: ignore[arg-type]
