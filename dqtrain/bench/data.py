@@ -34,7 +34,7 @@ SAMPLES = 98_304
 _ROUNDS = 3
 _PATIENCE_S = 1
 """CPU time after which the epoch of a slow reader is cut short."""
-_TEXT_BYTES, _PART_BYTES = 2**25, 2**22
+_TEXT_BYTES, _PART_BYTES = 2**26, 2**22
 """Of the corpus that is prepared, and of the parts that its processes take."""
 
 
