@@ -1,7 +1,7 @@
-"""How fast token samples are read, how soon a run goes on in mid-epoch, what an index of 10^12 tokens takes, and how preparing scales, beside a bare gather and other libraries.
+"""How fast token samples are read, how soon a run goes on in mid-epoch, what an index of 10^12 tokens takes, and what a second process is worth when preparing.
 
-Each reading is a process of its own; the readers take turns, and the table has medians. Peers that are not installed are shown as absent, with what installs them; an environment
-of their own that sees this one keeps their pins apart.
+Beside a bare gather and other libraries. Each reading is a process of its own; the readers take turns, and the table has medians. Peers that are not installed are
+shown as absent, with what installs them; an environment of their own that sees this one keeps their pins apart.
 """
 
 import itertools
