@@ -1,7 +1,7 @@
-"""How fast token samples are read, how soon a run goes on in mid-epoch, what an index of 10^12 tokens takes, and how preparing scales, beside a bare gather and other libraries.
+"""How fast token samples are read, how soon a run goes on in mid-epoch, what an index of 10^12 tokens takes, and what a second process is worth when preparing.
 
-Each reading is a process of its own; the readers take turns, and the table has medians. Peers that are not installed are shown as absent, with what installs them; an environment
-of their own that sees this one keeps their pins apart.
+Beside a bare gather and other libraries. Each reading is a process of its own; the readers take turns, and the table has medians. Peers that are not installed are
+shown as absent, with what installs them; an environment of their own that sees this one keeps their pins apart.
 """
 
 import itertools
@@ -34,7 +34,7 @@ SAMPLES = 98_304
 _ROUNDS = 3
 _PATIENCE_S = 1
 """CPU time after which the epoch of a slow reader is cut short."""
-_TEXT_BYTES, _PART_BYTES = 2**25, 2**22
+_TEXT_BYTES, _PART_BYTES = 2**26, 2**22
 """Of the corpus that is prepared, and of the parts that its processes take."""
 
 
