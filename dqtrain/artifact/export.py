@@ -15,13 +15,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.card import write_card
-from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed, refuse_settings
+from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed
 from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
 from dqtrain.artifact.load import trained_in_files
 from dqtrain.artifact.pretrained import name_in_config
 from dqtrain.artifact.target import RuntimeTarget
-from dqtrain.config import Export, RunConfig, Target
+from dqtrain.config import Export, Quant, RunConfig, Target
 from dqtrain.data.stream import AnyStream
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import sync_path, write_text
@@ -34,7 +34,9 @@ from dqtrain.tensor_file import write_model_files
 class Runtime(NamedTuple):
     """What makes a target of another program."""
 
-    check: Callable[[PretrainedConfig, Coverage, Path, Export], list[str]]  # model, coverage, tokenizer -> what to know, a line each; or ConfigError
+    check: Callable[
+        [Quant, PretrainedConfig, Coverage, Path, Export], list[str]
+    ]  # settings, model, coverage, tokenizer -> what to know, a line each; or ConfigError
     describe: Callable[[PretrainedConfig, Coverage, Sequence[tuple[int, ...]], Export], list[str]]  # model, coverage, shapes of floats -> lines for people
     target: Callable[[format.PackedTensors, PretrainedConfig, Export], RuntimeTarget]
 
@@ -91,9 +93,7 @@ def check_targets(config: RunConfig, asked: Export, model: PretrainedConfig, cov
     for target in targets_of(config, asked):
         if target in RUNTIMES:
             assert coverage is not None and config.quant is not None, "a float student has no such target"
-            if target == "compressed-tensors":
-                refuse_settings(config.quant, model, asked)
-            found[target] = RUNTIMES[target].check(model, coverage, tokenizer, asked)
+            found[target] = RUNTIMES[target].check(config.quant, model, coverage, tokenizer, asked)
     return found
 
 

@@ -54,9 +54,10 @@ def refuse_settings(quant: Quant, config: PretrainedConfig, asked: Export) -> No
         )
 
 
-def check_compressed(config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
+def check_compressed(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
     """What a person should know of the files before training, one line each. Raises ConfigError for what they cannot hold and for what is not installed."""
     compressed_tensors_package()
+    refuse_settings(quant, config, asked)
     found = plan(config, coverage, asked)
     if found.refused and not asked.allow_inexact:
         raise ConfigError(found.refusal())

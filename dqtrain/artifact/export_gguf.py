@@ -27,7 +27,7 @@ from dqtrain.artifact.ggml_blocks import Fit, as_tensor, fit, num_bytes, pack, r
 from dqtrain.artifact.gguf_family import family
 from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
 from dqtrain.artifact.llama_cpp import LlamaCpp, require_runtime
-from dqtrain.config import Export, Target
+from dqtrain.config import Export, Quant, Target
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.quant.modules import Coverage, is_learned_scale
 
@@ -105,7 +105,7 @@ def _names(found: list[Placement]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-def check_gguf(config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
+def check_gguf(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
     """What a person should know of the file before training, one line each. Raises ConfigError for what it cannot hold and for what is not installed."""
     gguf, found = gguf_package(), placements(config, coverage, asked.gguf == "fastest")
     require_runtime()

@@ -29,7 +29,7 @@ from dqtrain.artifact.onnx_blocks import Fit, fit, pack, parts
 from dqtrain.artifact.onnx_family import check_family, graphs
 from dqtrain.artifact.onnx_graph import WEIGHTS, Graph, Stored, Weight, onnx_package
 from dqtrain.artifact.onnx_runtime import DESCRIPTION, FORMAT, OnnxRunner, read_values, require_runtime
-from dqtrain.config import Export, Target
+from dqtrain.config import Export, Quant, Target
 from dqtrain.data.prepare import tokenizer_files
 from dqtrain.errors import ConfigError
 from dqtrain.files import digest, write_text
@@ -89,7 +89,7 @@ def _names(found: list[Placement]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-def check_onnx(config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
+def check_onnx(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
     """What a person should know of the files before training, one line each. Raises ConfigError for what they cannot hold and for what is not installed."""
     found = placements(config, coverage)
     onnx_package()

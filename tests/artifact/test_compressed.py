@@ -190,10 +190,10 @@ def test_what_these_programs_get_wrong_is_refused_before_training(family, settin
     coverage = quantize_model(model, settings)
     asked = Export(compressed_tensors=layout)
     with pytest.raises(ConfigError, match=message) as refused:
-        check_compressed(model.config, coverage, tmp_path, asked)
+        check_compressed(settings, model.config, coverage, tmp_path, asked)
     if "--allow-inexact" in str(refused.value):
         assert str(refused.value) in describe_compressed(model.config, coverage, [], asked)
-        check_compressed(model.config, coverage, tmp_path, Export(compressed_tensors=layout, allow_inexact=True))
+        check_compressed(settings, model.config, coverage, tmp_path, Export(compressed_tensors=layout, allow_inexact=True))
 
 
 def test_settings_that_would_be_dropped_are_refused():
