@@ -67,10 +67,10 @@ def export(trained, folder, layout="transformers", allow_inexact=False, spoil=la
     [
         ("gpt2", quant(2, 2, 8), "transformers", {"W2A16": 9, "F32": 1}),
         ("llama", quant(8, 8, activations=A8), "transformers", {"W8A8": 15, "F32": 1}),
-        ("qwen2", quant(2, 2, activations=A8, granularity="per_row"), "transformers", {"W2A8": 14, "BF16": 1}),
-        ("t5", quant(4, 4, granularity="per_group", group_size=64), "transformers", None),
+        pytest.param("qwen2", quant(2, 2, activations=A8, granularity="per_row"), "transformers", {"W2A8": 14, "BF16": 1}, marks=pytest.mark.slow),
+        pytest.param("t5", quant(4, 4, granularity="per_group", group_size=64), "transformers", None, marks=pytest.mark.slow),
         ("gpt2", quant(8, 8, 8, activations=A8), "vllm", {"W8A8": 8, "F32": 2}),
-        ("llama", quant(4, 4, granularity="per_row"), "vllm", {"W4A16": 14, "F32": 2}),
+        pytest.param("llama", quant(4, 4, granularity="per_row"), "vllm", {"W4A16": 14, "F32": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_trained_students_compute_what_was_trained(name, settings, layout, types, student, tmp_path):  # noqa: F811
@@ -112,8 +112,7 @@ def test_where_nothing_is_rounded_logits_are_those_of_training(family, settings,
     assert bool(settings.activations) == (found["as_shipped"]["relative_l2"] > 1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("layout", ["transformers", "vllm"])
+@pytest.mark.parametrize(("family", "layout"), [("llama", "transformers"), ("gpt2", "vllm"), pytest.param("gpt2", "transformers", marks=pytest.mark.slow)])
 def test_every_grid_is_read_back_to_the_bit(family, layout, tmp_path):
     """All fit in 8 bits: half-step grids at twice the code. Rows of Conv1D lie across for transformers, where zero points of rows have no place."""
     cases = [(grid, bits, "per_row", None) for grid, widths in BITS_OF_GRID.items() for bits in widths]
