@@ -152,7 +152,7 @@ def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig
         activations = config.quant.activations.model_dump() if config.quant.activations else None
         about = {"activations": activations, "checkpoint": folder.name, "coverage": json.loads(run.coverage.read_text())}
         format.write(model, partial, about)
-        name_in_config(partial)
+        name_in_config(partial, type(meta_model(run.student)).__name__)
         return _figures(run, "packed", model, partial, _weights_bytes(partial), parity.verify(model, partial), scores)
 
 

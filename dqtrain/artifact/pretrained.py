@@ -41,10 +41,10 @@ DTYPES = {"exact": torch.float32, "dense": None, "fast": torch.bfloat16}
 """Modes, and the one dtype in which each computes; None: any."""
 
 
-def name_in_config(folder: Path) -> None:
-    """Let the config.json of a folder say that its weights are ours. Raises OSError."""
+def name_in_config(folder: Path, architecture: str) -> None:
+    """Let the config.json of a folder say that its weights are ours, and of which of transformers' classes: servers ask that. Raises OSError."""
     path = folder / "config.json"
-    ours = {"dtype": "float32", "quantization_config": {"quant_method": METHOD}}
+    ours = {"architectures": [architecture], "dtype": "float32", "quantization_config": {"quant_method": METHOD}}
     write_text(path, json.dumps(json.loads(path.read_text()) | ours, indent=2) + "\n")
 
 

@@ -66,6 +66,8 @@ def test_a_run_ends_with_every_target_that_it_was_asked_for(finished):
     assert parity["weights"]["bit_identical"] == parity["weights"]["tensors"] == 28
     assert parity["as_shipped"]["held_out_text"] and parity["tokenizer"]["texts"] > 0
     assert json.loads((run.path / "artifact/gguf/parity.json").read_text()) == parity
+    for target in ("packed", "hf"):  # servers choose their code by it, and the teacher's config may not say it
+        assert json.loads((run.path / "artifact" / target / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
 
 
 def test_exported_again_it_is_the_same_file(finished):

@@ -57,7 +57,7 @@ def write(folder, quant, family="gpt2", rounded=False, **shape):
     model.eval().save_pretrained(folder)  # config.json and generation_config.json; the weights are written over
     activations = quant.activations.model_dump() if quant.activations else None
     format.write(model, folder, {"activations": activations, "coverage": json.loads(coverage.to_json())})
-    name_in_config(folder)
+    name_in_config(folder, type(model).__name__)
     return model
 
 

@@ -40,10 +40,16 @@ def gpt2_small():
     return GPT2LMHeadModel(GPT2Config())
 
 
-def bart_base():
+def bart_base(layers=6):
     return BartForConditionalGeneration(
         BartConfig(
-            d_model=768, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=3072, decoder_ffn_dim=3072, encoder_attention_heads=12, decoder_attention_heads=12
+            d_model=768,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            encoder_ffn_dim=3072,
+            decoder_ffn_dim=3072,
+            encoder_attention_heads=12,
+            decoder_attention_heads=12,
         )
     )
 
@@ -160,6 +166,14 @@ def test_our_file_is_smaller_than_the_papers(make, least):
     coverage, floats = on_meta(make, quant)
     predicted = artifact_bytes(coverage, floats, about(quant, coverage))
     assert 4 * num_elements(coverage, floats.other_elements) / predicted.total >= least
+
+
+def test_bart_of_one_layer_each_is_a_fortieth_of_its_teacher():
+    quant = settings(vectors="bf16")
+    coverage, floats = on_meta(lambda: bart_base(1), quant)
+    teacher, teachers_floats = on_meta(bart_base, quant)
+    packed = artifact_bytes(coverage, floats, about(quant, coverage))
+    assert 4 * num_elements(teacher, teachers_floats.other_elements) / packed.total >= 40
 
 
 @pytest.mark.slow
