@@ -649,9 +649,9 @@ def check_ranks(train: Train, world_size: int) -> None:
 
 PASSIVE = frozenset(
     "run.dir run.watchdog_s data.shards data.mixture data.cache.folder data.cache.gib data.quarantine log.every_steps log.weights_every_steps checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every "
-    "eval.every_steps eval.max_samples eval.generation export.checkpoint export.targets export.gguf export.allow_inexact zero.student zero.teacher zero.persistence_threshold zero.live_layers zero.offload_optimizer "
+    "eval.every_steps eval.max_samples eval.generation zero.student zero.teacher zero.persistence_threshold zero.live_layers zero.offload_optimizer "
     "zero.offload_parameters zero.nvme teacher.live_layers train.activation_checkpointing train.max_skipped_steps".split()
-) | {f"eval.generation.{name}" for name in Generation.model_fields}
+) | {f"{block}.{name}" for block, kind in (("eval.generation", Generation), ("export", Export)) for name in kind.model_fields}
 """Fields that may change when a run continues: the training goes on with the same samples and, up to the order of sums, the same numbers. Of `data.mixture`, only what
 is ahead may (`checkpoint.require_same_config`)."""
 

@@ -20,7 +20,7 @@ Kind = Literal["model", "dataset"]
 
 _PREFIX = "hf:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # the card has the licence
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*")
 _WEIGHTS = (("model*.safetensors",), ("pytorch_model*.bin",))
 """Of these the first that a repository has."""
 

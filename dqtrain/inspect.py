@@ -470,7 +470,7 @@ def targets(source: Source, columns: list[Column], asked: Export) -> dict[str, l
     found: dict[str, list[str]] = {column.label: [] for column in columns}
     for target in [target for target in asked.targets or () if target in RUNTIMES]:
         for column in columns:
-            found[column.label] += RUNTIMES[target].describe(source.model.config, column.coverage, shapes[column.label], asked)
+            found[column.label] += RUNTIMES[target].describe(column.quant, source.model.config, column.coverage, shapes[column.label], asked)
     return {label: lines for label, lines in found.items() if lines}
 
 

@@ -37,7 +37,7 @@ class Runtime(NamedTuple):
     check: Callable[
         [Quant, PretrainedConfig, Coverage, Path, Export], list[str]
     ]  # settings, model, coverage, tokenizer -> what to know, a line each; or ConfigError
-    describe: Callable[[PretrainedConfig, Coverage, Sequence[tuple[int, ...]], Export], list[str]]  # model, coverage, shapes of floats -> lines for people
+    describe: Callable[[Quant, PretrainedConfig, Coverage, Sequence[tuple[int, ...]], Export], list[str]]  # shapes of floats -> lines, refusals among them
     target: Callable[[format.PackedTensors, PretrainedConfig, Export], RuntimeTarget]
 
 
@@ -114,6 +114,8 @@ def _published(run: RunDir, target: Target) -> Iterator[Path]:
     """A folder to write into, which replaces the artifact when all went well. Raises CheckpointError for a disk that takes no more."""
     final = run.artifact(target)
     partial, old = final.with_name(f".tmp-{target}"), final.with_name(f".old-{target}")
+    if old.exists() and not final.exists():
+        old.rename(final)  # an earlier export was killed between its last two renames
     try:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -126,8 +128,10 @@ def _published(run: RunDir, target: Target) -> Iterator[Path]:
         partial.rename(final)
         sync_path(final.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(
             f"{final}: could not be written ({error}). Free space there, then `dqtrain export {run.path}` or `dqtrain resume {run.path}`."
         ) from None

@@ -41,37 +41,39 @@ from dqtrain.quant.modules import Coverage, is_learned_scale, quantize_activatio
 FILE = "model.safetensors"
 
 
-def refuse_settings(quant: Quant, config: PretrainedConfig, asked: Export) -> None:
-    """Raise ConfigError for settings that Coverage does not show and that the files would lose."""
+def lost_settings(quant: Quant, config: PretrainedConfig, asked: Export) -> str | None:
+    """What to say of settings that Coverage does not show and that the files would lose; None where there are none."""
     if quant.activations is not None and quant.activations.attention and not asked.allow_inexact:
-        raise ConfigError(
+        return (
             "compressed-tensors has no quantized queries, keys and probabilities, so that quant.activations.attention would be dropped without a word. "
             "Set it to false, leave compressed-tensors out of export.targets, or allow it: --allow-inexact, or export.allow_inexact: true."
         )
     if quant.float_head and config.is_encoder_decoder:
-        raise ConfigError(
-            "quant.float_head gives this encoder-decoder a head beside its tied tables, which transformers would tie again. Use the target packed, or hf."
-        )
+        return "quant.float_head gives this encoder-decoder a head beside its tied tables, which transformers would tie again. Use the target packed, or hf."
+    return None
 
 
 def check_compressed(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
     """What a person should know of the files before training, one line each. Raises ConfigError for what they cannot hold and for what is not installed."""
     compressed_tensors_package()
-    refuse_settings(quant, config, asked)
+    lost = lost_settings(quant, config, asked)
+    if lost is not None:
+        raise ConfigError(lost)
     found = plan(config, coverage, asked)
     if found.refused and not asked.allow_inexact:
         raise ConfigError(found.refusal())
     return [f"compressed-tensors: {line}" for line in found.notes]
 
 
-def describe_compressed(config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
+def describe_compressed(quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
     """What the files of a student would hold, before there is one. Raises ConfigError as `plan`."""
-    found = plan(config, coverage, asked)
+    found, lost = plan(config, coverage, asked), lost_settings(quant, config, asked)
     groups = ", ".join(f"{scheme.name} for {len(modules)}" for scheme, modules in found.groups.items()) or "floats"
     return [
         f"compressed-tensors: {found.tensor_bytes(float_shapes):,} bytes of tensors; {groups} of {len(found.placements)} quantized weights",
         *(f"compressed-tensors: {line}" for line in found.notes),
         *([found.refusal()] if found.refused else []),
+        *([lost] if lost else []),
     ]
 
 

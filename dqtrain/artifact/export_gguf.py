@@ -116,7 +116,7 @@ def check_gguf(quant: Quant, config: PretrainedConfig, coverage: Coverage, token
     return [f"gguf: {line}" for line in notes(found)]
 
 
-def describe_gguf(config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
+def describe_gguf(quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
     """What a GGUF file of a student would hold, before there is one: types and bytes, reasons, and what it cannot hold. Raises ConfigError as `placements`."""
     fastest = asked.gguf == "fastest"
     found = placements(config, coverage, fastest)

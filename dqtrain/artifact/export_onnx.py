@@ -100,7 +100,7 @@ def check_onnx(quant: Quant, config: PretrainedConfig, coverage: Coverage, token
     return [f"onnx: {line}" for line in notes(found)]
 
 
-def describe_onnx(config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
+def describe_onnx(quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
     """What the files of a student would hold, before there are any: digits and bytes, reasons, and what they cannot hold. Raises ConfigError as `placements`."""
     found = placements(config, coverage)
     counts = Counter(place.fit.type for place in found)

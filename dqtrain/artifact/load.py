@@ -1,11 +1,13 @@
 """An artifact, or any model directory or run, as a transformers model that computes what was trained."""
 
 import functools
+import re
 import shutil
 import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,25 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the map names buffers too, which accelerate takes for a mistake of its user
         return dispatch_model(model, device_map, offload_dir=files).eval()
+
+
+def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take: what the machine has available, or what is left of the least limit of a Slurm job or container it is in."""
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)
+    assert available, "Linux has it since 3.14"
+    left = [1024 * int(available[1])]
+    for line in (proc / "self/cgroup").read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root, limit, used = (groups / "memory", "limit_in_bytes", "usage_in_bytes") if kinds else (groups, "max", "current")
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            with suppress(OSError, ValueError):  # no limit, or a group that a container does not see
+                left.append(int((group / f"memory.{limit}").read_text()) - int((group / f"memory.{used}").read_text()))
+            if group == root:
+                break
+    return max(0, min(left))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.compressed_plan import plan
-from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed, refuse_settings
+from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed
 from dqtrain.artifact.load import load_any, load_artifact, load_spread
 from dqtrain.artifact.load_compressed import load_compressed
 from dqtrain.cli import main
@@ -191,17 +191,23 @@ def test_what_these_programs_get_wrong_is_refused_before_training(family, settin
     with pytest.raises(ConfigError, match=message) as refused:
         check_compressed(settings, model.config, coverage, tmp_path, asked)
     if "--allow-inexact" in str(refused.value):
-        assert str(refused.value) in describe_compressed(model.config, coverage, [], asked)
+        assert str(refused.value) in describe_compressed(settings, model.config, coverage, [], asked)
         check_compressed(settings, model.config, coverage, tmp_path, Export(compressed_tensors=layout, allow_inexact=True))
 
 
-def test_settings_that_would_be_dropped_are_refused():
+def test_settings_that_would_be_dropped_are_refused(tmp_path):
     attention = quant(4, activations={"bits": 8, "attention": True})
-    with pytest.raises(ConfigError, match="quant.activations.attention would be dropped without a word"):
-        refuse_settings(attention, FAMILIES["llama"]().config, Export())
-    refuse_settings(attention, FAMILIES["llama"]().config, Export(allow_inexact=True))
-    with pytest.raises(ConfigError, match="which transformers would tie again"):
-        refuse_settings(quant(4, 4, float_head=True), FAMILIES["bart"]().config, Export())
+    for asked, family, message in (
+        (attention, "llama", "quant.activations.attention would be dropped without a word"),
+        (quant(4, 4, float_head=True), "bart", "which transformers would tie again"),
+    ):
+        model = FAMILIES[family]()
+        coverage = quantize_model(model, asked)
+        with pytest.raises(ConfigError, match=message):
+            check_compressed(asked, model.config, coverage, tmp_path, Export())
+        assert any(message in line for line in describe_compressed(asked, model.config, coverage, [], Export()))
+    model = FAMILIES["llama"]()
+    assert check_compressed(attention, model.config, quantize_model(model, attention), tmp_path, Export(allow_inexact=True))
 
 
 def test_what_is_allowed_all_the_same_is_floats_and_said(tmp_path):

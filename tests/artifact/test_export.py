@@ -65,6 +65,17 @@ def test_exported_whole_and_again_it_is_the_same(run, exported):
     assert {target: files_of(run.artifact(target)) for target in ("packed", "hf")} == exported[1]
 
 
+def test_what_fails_leaves_no_half_and_what_was_killed_last_leaves_the_older_one(run, exported, monkeypatch):
+    folder = run.artifact("packed")
+    before = files_of(folder)
+    folder.rename(folder.with_name(".old-packed"))  # as a kill between the last two renames leaves it
+    with monkeypatch.context() as patch:
+        patch.setattr(parity, "LOGITS_TOLERANCE", -1.0)
+        with pytest.raises(CheckpointError, match="its logits differ"):
+            export(run, chosen_checkpoint(run), Export(targets=("packed",)))
+    assert files_of(folder) == before and not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
 def test_in_parts(run, exported, monkeypatch):
     monkeypatch.setattr(tensor_file, "SHARD_BYTES", 60_000)
     export(run, chosen_checkpoint(run), Export(targets=("packed", "hf")))
@@ -99,7 +110,7 @@ def test_a_teacher_of_the_hub_is_the_base_model_and_one_that_is_gone_states_no_l
     export(other, chosen_checkpoint(other))
     text = (other.artifact("packed") / "README.md").read_text()
     assert ModelCard(text).data.base_model == "someone/teacher" and ModelCard(text).data.base_model_relation == "quantized"
-    assert "license" not in ModelCard(text).data.to_dict() and "Not stated by the teacher." in text
+    assert "license" not in ModelCard(text).data.to_dict() and "Not stated beside the teacher." in text
 
 
 def test_a_licence_that_lies_beside_the_teacher_goes_with_the_student(run, exported, tmp_path):

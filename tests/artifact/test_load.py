@@ -1,6 +1,7 @@
 """A model that does not fit the memory computes from files what it computes in memory."""
 
 import gc
+import os
 import shutil
 import tempfile
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-from dqtrain.artifact.load import load_any, load_spread
+from dqtrain.artifact.load import free_memory, load_any, load_spread
 from dqtrain.errors import ConfigError
 from dqtrain.models import Inputs, LanguageModel
 
@@ -58,3 +59,24 @@ def test_files_go_with_the_model(tmp_path, monkeypatch):
     del model
     gc.collect()
     assert not any(tmp_path.glob("files/*"))
+
+
+def test_free_memory_is_what_the_least_limit_leaves(tmp_path):
+    assert 0 < free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    for version, line, folder, limit, used in (
+        (2, "0::/job/step\n", groups / "job", "max", "current"),
+        (1, "3:cpu,cpuacct:/\n7:memory:/job/step\n", groups / "memory/job", "limit_in_bytes", "usage_in_bytes"),
+    ):
+        (proc / "self/cgroup").write_text(line)
+        assert free_memory(proc, groups) == 8000 * 1024, version
+        (folder / "step").mkdir(parents=True)
+        (folder / f"step/memory.{limit}").write_text("max\n" if version == 2 else "9223372036854771712\n")
+        (folder / f"step/memory.{used}").write_text("10\n")
+        (folder / f"memory.{limit}").write_text("5000000\n")
+        (folder / f"memory.{used}").write_text("1000000\n")
+        assert free_memory(proc, groups) == 4000000, version
+        (folder / f"memory.{used}").write_text("5000001\n")
+        assert free_memory(proc, groups) == 0, version

@@ -358,7 +358,7 @@ def test_groups_that_no_block_divides_are_refused_or_floats(world, tmp_path):
         check_onnx(quant, model.config, coverage, world / "tokenizer", Export())
     notes = check_onnx(quant, model.config, coverage, world / "tokenizer", Export(allow_inexact=True))
     assert notes[0].startswith("onnx: F32 for model.layers.0.mlp.down_proj.weight") and "set group_size to 16 or 128" in notes[0]
-    described = describe_onnx(model.config, coverage, [(32,)] * 5, Export())
+    described = describe_onnx(quant, model.config, coverage, [(32,)] * 5, Export())
     assert "bytes of tensors; 4 bit for 14, F32 for 2 of 16 quantized weights" in described[0] and "onnx cannot hold" in described[-1]
     weights = to_onnx(made, tmp_path / "onnx", allow_inexact=True)["weights"]
     assert weights["types"] == {"4 bit": 14, "F32": 2} and weights["bit_identical"] == weights["tensors"]
