@@ -28,6 +28,7 @@ class Runtime(NamedTuple):
     folder: str  # below that of `_prepare`
     weight_bytes: float  # that one weight takes when it is multiplied
     load: Callable[[Path], Write]
+    wider: str | None = None  # the row of the same program at 8 bits, which fewer bits should not be slower than
 
 
 def _transformers(folder: Path) -> Write:
@@ -117,13 +118,13 @@ RUNTIMES = {
     "packed, fast": Runtime("packed 2", 0.5, _ours("fast")),
     "llama.cpp F32": Runtime("gguf float", 4, _llama_cpp),
     "llama.cpp Q8_0": Runtime("gguf 8", 8.5 / 8, _llama_cpp),
-    "llama.cpp Q4_0": Runtime("gguf 4", 4.5 / 8, _llama_cpp),
-    "llama.cpp TQ1_0": Runtime("gguf 2", 1.6875 / 8, _llama_cpp),
-    "llama.cpp TQ2_0": Runtime("gguf 2 fastest", 2.0625 / 8, _llama_cpp),
+    "llama.cpp Q4_0": Runtime("gguf 4", 4.5 / 8, _llama_cpp, "llama.cpp Q8_0"),
+    "llama.cpp TQ1_0": Runtime("gguf 2", 1.6875 / 8, _llama_cpp, "llama.cpp Q8_0"),
+    "llama.cpp TQ2_0": Runtime("gguf 2 fastest", 2.0625 / 8, _llama_cpp, "llama.cpp Q8_0"),
     "ONNX Runtime fp32": Runtime("onnx float", 4, _onnx_runtime),
     "ONNX Runtime 8 bit": Runtime("onnx 8", 1 + 4 / 128, _onnx_runtime),
-    "ONNX Runtime 4 bit": Runtime("onnx 4", 0.5 + 4 / 128, _onnx_runtime),
-    "ONNX Runtime 2 bit": Runtime("onnx 2", 0.25 + 4 / 128, _onnx_runtime),
+    "ONNX Runtime 4 bit": Runtime("onnx 4", 0.5 + 4 / 128, _onnx_runtime, "ONNX Runtime 8 bit"),
+    "ONNX Runtime 2 bit": Runtime("onnx 2", 0.25 + 4 / 128, _onnx_runtime, "ONNX Runtime 8 bit"),
 }
 
 WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data"}
@@ -182,6 +183,9 @@ def run(
                 f"  {name:20s} {size / 1e6:7.1f} {loaded[name]['load_s']:7.2f} {loaded[name]['peak'] / 1e6:8.0f}{cells}  {f'{low:.1f}-{high:.1f}':>13s}"
                 f" {ratio:7.2f} {limit:7.0f} {figures[first] / limit:6.0%}"
             )
+    for name, runtime in RUNTIMES.items():
+        if runtime.wider is not None and medians[name][first] < medians[runtime.wider][first]:
+            lines.append(f"{name} is slower than {runtime.wider}: it has no kernel of its own on this processor.")
     lines.append(
         "limit: tokens/s at batch 1 if the matrices that a word multiplies were read once at that speed, and nothing else took time; caches may hold small ones."
     )
