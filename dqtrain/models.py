@@ -397,6 +397,7 @@ def _drop(left: dict[str, nn.Parameter | None], module: nn.Module, inputs: Any, 
 
 
 _ROWS_BYTES = 2**26
+"""Rows of a slice that are read at a time."""
 
 BLOCK_ELEMENTS = 2**18
 """Elements of a matrix that are looked at together while its int8 codes are made: 1 MB in fp32, which fits a core's cache."""

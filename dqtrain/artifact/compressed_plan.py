@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
+from dqtrain.artifact.target import names_of
 from dqtrain.config import Export
 from dqtrain.errors import ConfigError
 from dqtrain.models import model_class
@@ -197,7 +198,7 @@ def _for_transformers(config: PretrainedConfig, rows: list[CoverageRow], head: s
     refused, notes = [], []
     inputs: dict[str, ActivationQuantizer | None] = {}
     for why, found in _by_reason(rows, lambda row: _unknown_inputs(row.input_quantizer, config.model_type)).items():
-        refused.append(f"inputs of {_names(found)}: {why}")
+        refused.append(f"inputs of {names_of([row.name for row in found])}: {why}")
         inputs |= {row.name: None for row in found}
     placed = [Placement(row, _scheme(_quantizer(row), inputs.get(row.name, row.input_quantizer)) if row.kind == "linears" else None) for row in rows]
     tied = next((row for row in rows if row.kind == "embeddings" and row.input_quantizer), None)
@@ -220,12 +221,14 @@ def _dequantized(rows: list[CoverageRow], linears: list[CoverageRow], has_inputs
         scheme = _scheme(_quantizer(row))
         sizes[scheme] = sizes.get(scheme, 0) + row.numel
     for why, found in _by_reason(rows, lambda row: _conv1d_problem(_quantizer(row))).items():
-        refused.append(f"{_names(found)}: {why}")
+        refused.append(f"{names_of([row.name for row in found])}: {why}")
     taken = {row.name for row in rows if not _conv1d_problem(_quantizer(row))}
     common = max(sizes, key=lambda scheme: sizes[scheme], default=None)
     others = [row for row in linears if row.name in taken and _scheme(_quantizer(row)) != common]
     if others:
-        refused.append(f"{_names(others)}: transformers dequantizes {what}, and then reads every weight as {common.name if common else None}; train one width")
+        refused.append(
+            f"{names_of([row.name for row in others])}: transformers dequantizes {what}, and then reads every weight as {common.name if common else None}; train one width"
+        )
     placed = []
     for row in rows:
         scheme = _scheme(_quantizer(row))
@@ -261,7 +264,7 @@ def _for_vllm(config: PretrainedConfig, rows: list[CoverageRow], head: str, arch
         if scheme.format == "pack-quantized" and not _quantizer(row).portable:
             problems.setdefault("vLLM rounds these fp32 scales to bf16; set quant.scale_dtype to portable", []).append(row)
         placed.append(Placement(row, scheme, scheme.format == "int-quantized" and bool(_quantizer(row).row_axis)))
-    refused += [f"{_names(found)}: {why}" for why, found in problems.items()]
+    refused += [f"{names_of([row.name for row in found])}: {why}" for why, found in problems.items()]
     by_module = {place.module: place.scheme for place in placed if place.scheme}
     for module in by_module:
         above, _, last = module.rpartition(".")
@@ -318,10 +321,6 @@ def _by_reason(rows: list[CoverageRow], reason: Callable[[CoverageRow], str | No
     return found
 
 
-def _names(rows: Sequence[CoverageRow]) -> str:
-    return f"{', '.join(row.name for row in rows[:3])}{f' and {len(rows) - 3} more' if len(rows) > 3 else ''}"
-
-
 def _costs(placed: list[Placement], why: str) -> list[str]:
     """What is said of weights that are floats there, and what that costs."""
     floats = [place for place in placed if place.scheme is None]
@@ -330,4 +329,4 @@ def _costs(placed: list[Placement], why: str) -> list[str]:
     taken = sum(place.num_bytes for place in floats)
     in_codes = sum(Placement(place.row, _scheme(place.quantizer)).num_bytes for place in floats)
     types = " and ".join(sorted({TYPES_OF_FLOATS[place.dtype] for place in floats}))
-    return [f"{types} for {_names([place.row for place in floats])}, exactly, {taken:,} bytes where codes take {in_codes:,}: {why}"]
+    return [f"{types} for {names_of([place.row.name for place in floats])}, exactly, {taken:,} bytes where codes take {in_codes:,}: {why}"]

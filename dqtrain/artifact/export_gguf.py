@@ -27,6 +27,7 @@ from dqtrain.artifact.ggml_blocks import Fit, as_tensor, fit, num_bytes, pack, r
 from dqtrain.artifact.gguf_family import family
 from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
 from dqtrain.artifact.llama_cpp import LlamaCpp, require_runtime
+from dqtrain.artifact.target import names_of, notes_of
 from dqtrain.config import Export, Quant, Target
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.quant.modules import Coverage, is_learned_scale
@@ -81,10 +82,10 @@ def refusal(found: list[Placement]) -> str | None:
     rounded = [place for place in found if place.fit.rounds_scales]
     parts = []
     if refused:
-        parts.append(f"{_names(refused)}: {refused[0].fit.why}")
+        parts.append(f"{names_of([place.name for place in refused])}: {refused[0].fit.why}")
     if rounded:
         parts.append(
-            f"{_names(rounded)}: blocks have fp16 scales, and these are fp32 (up to 5e-4 of each value is rounded away); set quant.scale_dtype to portable"
+            f"{names_of([place.name for place in rounded])}: blocks have fp16 scales, and these are fp32 (up to 5e-4 of each value is rounded away); set quant.scale_dtype to portable"
         )
     if not parts:
         return None
@@ -93,16 +94,7 @@ def refusal(found: list[Placement]) -> str | None:
 
 def notes(found: list[Placement]) -> list[str]:
     """One line for each reason why a weight has not the smallest type of its grid."""
-    by_reason: dict[tuple[str, str], list[Placement]] = {}
-    for place in found:
-        if place.fit.why:
-            by_reason.setdefault((place.fit.type, place.fit.why), []).append(place)
-    return [f"{type} for {_names(places)}: {why}" for (type, why), places in by_reason.items()]
-
-
-def _names(found: list[Placement]) -> str:
-    names = [place.name for place in found]
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    return notes_of((place.fit.type, place.fit.why, place.name) for place in found)
 
 
 def check_gguf(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:

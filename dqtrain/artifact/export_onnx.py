@@ -29,6 +29,7 @@ from dqtrain.artifact.onnx_blocks import Fit, fit, pack, parts
 from dqtrain.artifact.onnx_family import check_family, graphs
 from dqtrain.artifact.onnx_graph import WEIGHTS, Graph, Stored, Weight, onnx_package
 from dqtrain.artifact.onnx_runtime import DESCRIPTION, FORMAT, OnnxRunner, read_values, require_runtime
+from dqtrain.artifact.target import names_of, notes_of
 from dqtrain.config import Export, Quant, Target
 from dqtrain.data.prepare import tokenizer_files
 from dqtrain.errors import ConfigError
@@ -70,23 +71,14 @@ def refusal(found: list[Placement]) -> str | None:
     if not refused:
         return None
     return (
-        f"onnx cannot hold {_names(refused)}: {refused[0].fit.why}. "
+        f"onnx cannot hold {names_of([place.row.name for place in refused])}: {refused[0].fit.why}. "
         "Or allow it: --allow-inexact, or export.allow_inexact: true, stores them as F32, which is exact but large."
     )
 
 
 def notes(found: list[Placement]) -> list[str]:
     """One line for each reason why a weight has not the smallest digits or the fastest blocks."""
-    by_reason: dict[tuple[str, str], list[Placement]] = {}
-    for place in found:
-        if place.fit.why:
-            by_reason.setdefault((place.fit.type, place.fit.why), []).append(place)
-    return [f"{type} for {_names(places)}: {why}" for (type, why), places in by_reason.items()]
-
-
-def _names(found: list[Placement]) -> str:
-    names = [place.row.name for place in found]
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    return notes_of((place.fit.type, place.fit.why, place.row.name) for place in found)
 
 
 def check_onnx(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:

@@ -1,6 +1,6 @@
 """What a program that runs exported students must say and do, so that `parity.verify_target` can hold it to what was trained."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -76,3 +76,17 @@ class RuntimeTarget(Protocol):
     def stored_bytes(self, folder: Path) -> dict[str, int]:
         """Bytes of its files: `file`, all that holds the model, and of that `tensors`, and the rest under a name that says what it is."""
         ...
+
+
+def names_of(names: Sequence[str]) -> str:
+    """Three of them, and how many more there are."""
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def notes_of(placed: Iterable[tuple[str, str | None, str]]) -> list[str]:
+    """(type, why it is not the smallest or fastest one, or nothing; name) of weights -> a line for each type and reason."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for type, why, name in placed:
+        if why:
+            by_reason.setdefault((type, why), []).append(name)
+    return [f"{type} for {names_of(names)}: {why}" for (type, why), names in by_reason.items()]
