@@ -1,4 +1,4 @@
-"""The text of artifact.json: what is in the other files, by line, and in the last line a hash of the lines before it.
+"""What lists the files of a folder, with a hash of itself in the last line: artifact.json, and the shorter lists of other programs' folders.
 
 {
 "format": 4,
@@ -9,22 +9,29 @@
 "coverage": [name, shape, place in the settings] of each parameter of two dimensions or more
 "xxh3_128": "..."
 }
+
+A list of another program's folder has "format" and "files", as "weights" are here.
 """
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from dqtrain.errors import CheckpointError
+from dqtrain.files import digest, write_text
+
 FORMAT = 4
+LIST_FORMAT = 2
 _SEAL = '"xxh3_128": "'
 _ROW = {"kind": None, "quantizer": None, "input_quantizer": None, "reason": None}
 
 
 def describe(files: Mapping[str, tuple[int, str]], fp32_bytes: int, about: Mapping[str, Any]) -> str:
     """artifact.json of these files (bytes and hash by name); `about` holds the rows of `Coverage.to_json` under `coverage`. Its length needs no weights."""
-    weights = {name: {"bytes": size, "xxh3_128": hash} for name, (size, hash) in files.items()}
+    weights = {name: _entry(*file) for name, file in files.items()}
     sizes = {"packed_bytes": sum(size for size, _ in files.values()), "fp32_bytes": fp32_bytes}
     settings: list[dict[str, Any]] = []
     coverage = []
@@ -36,6 +43,10 @@ def describe(files: Mapping[str, tuple[int, str]], fp32_bytes: int, about: Mappi
     rest = {key: value for key, value in about.items() if key != "coverage"}
     content = {"format": FORMAT, "weights": weights, "sizes": sizes, **rest, "settings": settings, "coverage": coverage}
     return sealed([f'"{key}": {_a_line_each(value) if key in ("settings", "coverage") else json.dumps(value)}' for key, value in content.items()])
+
+
+def _entry(size: int, hash: str) -> dict[str, Any]:
+    return {"bytes": size, "xxh3_128": hash}
 
 
 def _a_line_each(entries: list[Any]) -> str:
@@ -60,3 +71,43 @@ def read(text: str) -> dict[str, Any]:
     settings = content.pop("settings")
     content["coverage"] = [{"name": name, "shape": shape, **_ROW, **settings[place]} for name, shape, place in content["coverage"]]
     return content
+
+
+def write_list(path: Path) -> None:
+    """Write what lists all other files of its folder as they are now. Raises OSError."""
+    files = {file.name: _entry(file.stat().st_size, digest(file)) for file in sorted(path.parent.iterdir()) if file.is_file() and file != path}
+    write_text(path, sealed([f'"format": {LIST_FORMAT}', f'"files": {json.dumps(files)}']))
+
+
+def check_list(path: Path) -> list[str]:
+    """Names of the files that `write_list` listed, each looked at whole. Raises CheckpointError for no list, one of another format, and damage."""
+    text = read_sealed(path, LIST_FORMAT)
+    files = json.loads(text)["files"]
+    check_files(path, files)
+    return list(files)
+
+
+def read_sealed(path: Path, version: int) -> str:
+    """The text of a list of this format that has the hash in its last line. Raises CheckpointError for another one."""
+    again = "Export the run again with `dqtrain export RUN`."
+    try:
+        text = path.read_text()
+        found = json.loads(text)["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}). {again}") from None
+    if found != version:
+        raise CheckpointError(f"{path}: has format {found}, this dqtrain reads {version}. {again}")
+    if not is_sound(text):
+        raise CheckpointError(f"{path}: does not have the hash in its last line; it was edited or damaged. Copy or export it again with `dqtrain export RUN`.")
+    return text
+
+
+def check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Hold files against sizes and hashes that the list at `path`, beside them, says. Raises CheckpointError for the first that differs."""
+    for name, expected in files.items():
+        file = path.with_name(name)
+        found = file.stat().st_size if file.is_file() else 0
+        if found != expected["bytes"]:
+            raise CheckpointError(f"{file}: has {found} bytes, {path.name} says {expected['bytes']}; it is truncated or missing. Copy or export it again.")
+        if digest(file) != expected["xxh3_128"]:
+            raise CheckpointError(f"{file}: does not have the hash in {path.name}; a byte was changed. Copy or export it again.")

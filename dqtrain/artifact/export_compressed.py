@@ -6,8 +6,10 @@
                         X.input_scale        of learned activation scales; X.input_zero_point
                         NAME                 what is float there: bf16 where that holds it exactly, else fp32
     config.json         its quantization_config says which modules have which scheme
-    parity.json         what `parity.verify_target` found before the file was published
+    over 5 GB of tensors in parts and with an index, as transformers names them
     tokenizer and generation config, as they were
+    compressed-tensors.json     sizes and hashes of the files above (`description`)
+    parity.json         what `parity.verify_target` found before the files were published
 
 Floats are never quantized here: codes and scales are those of training, half-step grids at twice the code and half the scale. What holds each weight is
 said by `compressed_plan`, what reads the files by `load_compressed`.
@@ -23,22 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from dqtrain.artifact.compressed_plan import TYPES_OF_FLOATS, Placement, plan, stored_inputs
+from dqtrain.artifact.description import write_list
 from dqtrain.artifact.format import PackedTensors
-from dqtrain.artifact.load_compressed import TransformersRunner, compressed_tensors_package, load_compressed
+from dqtrain.artifact.load_compressed import DESCRIPTION, TransformersRunner, compressed_tensors_package, load_compressed
 from dqtrain.artifact.target import Runner
-from dqtrain.checkpoint import write_tensors
 from dqtrain.config import Export, Quant, Target
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import write_text
 from dqtrain.quant.activation import ActivationQuantizer
 from dqtrain.quant.modules import Coverage, is_learned_scale, quantize_activations
-
-FILE = "model.safetensors"
+from dqtrain.tensor_file import INDEX, MappedFiles, write_model_files
 
 
 def lost_settings(quant: Quant, config: PretrainedConfig, asked: Export) -> str | None:
@@ -85,7 +86,7 @@ class CompressedTarget:
 
     def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None:
         self.packed, self.config, self.layout = packed, config, asked.compressed_tensors
-        self.program = "transformers with compressed-tensors" if self.layout == "transformers" else "compressed-tensors in vLLM's layout"
+        self.program = "transformers with compressed-tensors" if self.layout == "transformers" else "transformers with the student's own quantizers"
         self.plan = plan(config, packed.coverage, asked)
         self.placed = {place.row.name: place for place in self.plan.placements}
 
@@ -108,18 +109,19 @@ class CompressedTarget:
     def write(self, folder: Path) -> None:
         """Write all files into a folder. Raises OSError."""
         for file in self.packed.folder.iterdir():
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name not in ("artifact.json", "parity.json", "model.safetensors.index.json"):
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name not in ("artifact.json", "parity.json", INDEX):
                 shutil.copy(file, folder)
         tensors = dict(self._tensors())
-        write_tensors(folder / FILE, {name: layout for name, (layout, _) in tensors.items()}, lambda name: tensors[name][1]())
+        write_model_files(folder, {name: layout for name, (layout, _) in tensors.items()}, ((name, read()) for name, (_, read) in tensors.items()))
         written = json.loads((folder / "config.json").read_text())
         if f"{self.plan.head}.weight" in self.packed.floats:  # a head that was trained to read a tied table before rounding
             written["tie_word_embeddings"] = False
         ours = {"architectures": [self.plan.architecture], "dtype": "float32", "quantization_config": self._config()}
         write_text(folder / "config.json", json.dumps({**written, **ours}, indent=2) + "\n")
+        write_list(folder / DESCRIPTION)
 
     def _tensors(self) -> Iterator[tuple[str, tuple[tuple[torch.dtype, tuple[int, ...]], Callable[[], Tensor]]]]:
-        """(name, ((dtype, shape), what makes it)) of all that the file holds."""
+        """(name, ((dtype, shape), what makes it)) of all that the files hold."""
         for place in self.plan.placements:
             for name, layout in place.stored.items():
                 yield name, (layout, functools.partial(self._data, place, name.rpartition(".")[2]))
@@ -197,18 +199,17 @@ class CompressedTarget:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationConfig
 
-        path = folder / FILE
+        files = MappedFiles()
         try:
             config = QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
-            file = safe_open(path, "pt")
-            keys = set(file.keys())
+            paths = {key: path for path in sorted(folder.glob("*.safetensors")) for key in files.open(path).keys()}  # noqa: SIM118 - no dict
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: is no file of compressed-tensors that can be read ({error}). Export it again.") from None
+            raise CheckpointError(f"{folder}: holds no files of compressed-tensors that can be read ({error}). Export it again.") from None
         schemes = {target: scheme for scheme in config.config_groups.values() if not isinstance(scheme, list) for target in scheme.targets}
 
         def read(place: Placement) -> Tensor:
             scheme: Any = schemes[place.module]
-            state = {key.rpartition(".")[2]: file.get_tensor(key) for key in place.stored}
+            state = {key.rpartition(".")[2]: files.read(paths[key], key) for key in place.stored}
             if "weight" in state and place.is_transposed:
                 state["weight"] = state["weight"].T
             decompress = BaseCompressor.get_value_from_registry(scheme.format).decompress
@@ -218,10 +219,10 @@ class CompressedTarget:
 
         found: dict[str, Callable[[], Tensor]] = {}
         for place in self.plan.placements:
-            if place.scheme is not None and place.module in schemes and keys >= place.stored.keys():
+            if place.scheme is not None and place.module in schemes and paths.keys() >= place.stored.keys():
                 found[place.row.name] = functools.partial(read, place)
         in_codes = {key for place in self.plan.placements if place.scheme is not None for key in place.stored}
-        return found | {key: functools.partial(_as_float, file, key) for key in keys - in_codes}
+        return found | {key: functools.partial(_as_float, files, path, key) for key, path in paths.items() if key not in in_codes}
 
     @contextmanager
     def with_float_activations(self, folder: Path, longest: int) -> Iterator[Runner]:
@@ -255,11 +256,12 @@ class CompressedTarget:
         return self.plan.tensor_bytes(float_shapes)
 
     def stored_bytes(self, folder: Path) -> dict[str, int]:
-        """Bytes of the file, of its tensors, and of the header."""
-        path = folder / FILE
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = 8 + int.from_bytes(file.read(8), "little")
+        """Bytes of the files, of their tensors, and of headers and index."""
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors*"))
+        header = sum(path.stat().st_size for path in folder.glob(INDEX))
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb") as file:
+                header += 8 + int.from_bytes(file.read(8), "little")
         return {"file": size, "tensors": size - header, "header": header}
 
 
@@ -271,5 +273,5 @@ def _args(inputs: ActivationQuantizer | None) -> dict[str, Any] | None:
     return {"num_bits": inputs.bits, "type": "int", "symmetric": not inputs.has_zero_point, "strategy": strategy, "dynamic": inputs.scale != "learned"}
 
 
-def _as_float(file: Any, key: str) -> Tensor:
-    return file.get_tensor(key).float()
+def _as_float(files: MappedFiles, path: Path, key: str) -> Tensor:
+    return files.read(path, key).float()

@@ -2,15 +2,14 @@
 
     model.onnx, or encoder.onnx and decoder.onnx      nodes (`onnx_family`), without weights
     model.onnx.data                                   blocks of 2, 4 or 8 bits (`onnx_blocks`), fp32 for what is not quantized; of all graphs
-    onnx.json                                         format version, sizes and hashes of those files: ONNX itself has none
     config, generation config, tokenizer              as transformers writes them
+    onnx.json                                         format version, sizes and hashes of the files above: ONNX itself has none (`description`)
     parity.json                                       what `parity.verify_target` found before the files were published
 
 Floats are never quantized here: digits and scales are those that training used.
 """
 
 import functools
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,17 +22,17 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from dqtrain.artifact.description import write_list
 from dqtrain.artifact.format import PackedTensors
 from dqtrain.artifact.ggml_blocks import as_tensor, rows_of
 from dqtrain.artifact.onnx_blocks import Fit, fit, pack, parts
 from dqtrain.artifact.onnx_family import check_family, graphs
 from dqtrain.artifact.onnx_graph import WEIGHTS, Graph, Stored, Weight, onnx_package
-from dqtrain.artifact.onnx_runtime import DESCRIPTION, FORMAT, OnnxRunner, read_values, require_runtime
+from dqtrain.artifact.onnx_runtime import DESCRIPTION, OnnxRunner, read_values, require_runtime
 from dqtrain.artifact.target import names_of, notes_of
 from dqtrain.config import Export, Quant, Target
 from dqtrain.data.prepare import tokenizer_files
 from dqtrain.errors import ConfigError
-from dqtrain.files import digest, write_text
 from dqtrain.quant.modules import Coverage, CoverageRow, is_learned_scale
 
 ALIGNMENT = 64
@@ -154,15 +153,13 @@ class OnnxTarget:
                 assert file.tell() == self.stored[name].offset and array.nbytes == self.stored[name].num_bytes, name
                 file.write(np.ascontiguousarray(array).data)
                 file.write(bytes(-array.nbytes % ALIGNMENT))
-        made = graphs(self.config, lambda: Graph(self.stored, weights))
-        for name, graph in made.items():
+        for name, graph in graphs(self.config, lambda: Graph(self.stored, weights)).items():
             (folder / name).write_bytes(graph.model().SerializeToString(deterministic=True))
         self.config.save_pretrained(folder)
         for path in [*tokenizer_files(self.packed.folder), self.packed.folder / "generation_config.json"]:
             if path.is_file():
                 shutil.copy(path, folder)
-        files = {name: {"bytes": (folder / name).stat().st_size, "xxh3_128": digest(folder / name)} for name in (*made, WEIGHTS)}
-        write_text(folder / DESCRIPTION, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        write_list(folder / DESCRIPTION)
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """What is stored, in its order, one weight in memory at a time."""

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from dqtrain.artifact import description
 from dqtrain.artifact.size import float_part, layout_of, stored_tensors
 from dqtrain.errors import CheckpointError
-from dqtrain.files import digest, write_text
+from dqtrain.files import write_text
 from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
 from dqtrain.quant.modules import Coverage, QuantizedParameter, float_bytes, quantized_parameters, values_of
 from dqtrain.quant.pack import pack, packed_bytes, unpack
@@ -72,23 +72,8 @@ def _in_codes(parameter: QuantizedParameter) -> dict[str, Tensor]:
 def read_description(folder: Path) -> dict[str, Any]:
     """artifact.json, after it and the files that it lists were held against their hashes. Raises CheckpointError for anything damaged or of another version."""
     path = folder / "artifact.json"
-    try:
-        text = path.read_text()
-        version = json.loads(text)["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}). Export the run again with `dqtrain export RUN`.") from None
-    if version != description.FORMAT:
-        raise CheckpointError(f"{path}: has format {version}, this dqtrain reads {description.FORMAT}. Export the run again with `dqtrain export RUN`.")
-    if not description.is_sound(text):
-        raise CheckpointError(f"{path}: does not have the hash in its last line; it was edited or damaged. Copy or export it again with `dqtrain export RUN`.")
-    about = description.read(text)
-    for name, expected in about["weights"].items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else 0
-        if found != expected["bytes"]:
-            raise CheckpointError(f"{file}: has {found} bytes, artifact.json says {expected['bytes']}; it is truncated or missing. Copy or export it again.")
-        if digest(file) != expected["xxh3_128"]:
-            raise CheckpointError(f"{file}: does not have the hash in artifact.json; a byte was changed. Copy or export it again.")
+    about = description.read(description.read_sealed(path, description.FORMAT))
+    description.check_files(path, about["weights"])
     return about
 
 

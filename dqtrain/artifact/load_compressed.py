@@ -12,8 +12,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 
+from dqtrain.artifact.description import check_list
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models import model_class, read_model_config
+
+DESCRIPTION = "compressed-tensors.json"
+"""What lists the other files of a directory that was written here (`description.write_list`); one from elsewhere has none."""
 
 
 def compressed_tensors_package() -> Any:
@@ -28,7 +32,9 @@ def compressed_tensors_package() -> Any:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a model directory says that it is in compressed-tensors' format."""
+    """Whether a model directory is in compressed-tensors' format."""
+    if (folder / DESCRIPTION).is_file():  # whatever became of its config.json
+        return True
     try:
         return json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
     except (OSError, ValueError, KeyError, TypeError):
@@ -39,9 +45,12 @@ def load_compressed(folder: Path) -> PreTrainedModel:
     """The model of such a directory as transformers makes it, in fp32 and eval mode, its weights dense, its activations quantized as the directory says.
 
     transformers would leave the codes until the first forward of the whole model, which an encoder that is called by itself does not wait for.
-    Raises ConfigError without the package, CheckpointError for a directory that transformers does not load whole: one for vLLM, or a damaged one.
+    Files that are listed (DESCRIPTION) are looked at first. Raises ConfigError without the package, CheckpointError for a damaged directory, and for one that
+    transformers does not load whole, such as one for vLLM.
     """
     package = compressed_tensors_package()
+    if (folder / DESCRIPTION).is_file():
+        check_list(folder / DESCRIPTION)
     config = read_model_config(folder)
     # A config.json that was cut or edited fails anywhere between two libraries, as does a file.
     errors = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, IndexError, SafetensorError)

@@ -1,7 +1,6 @@
 """ONNX Runtime on the files of the onnx target: what it reads out of them, logits, and text."""
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
+from dqtrain.artifact.description import check_list
 from dqtrain.artifact.load import read_prompt
 from dqtrain.artifact.onnx_family import CAUSAL, DECODER, ENCODER
-from dqtrain.artifact.onnx_graph import CONTRIB, WEIGHTS, in_model, onnx_package
+from dqtrain.artifact.onnx_graph import CONTRIB, in_model, onnx_package
 from dqtrain.data.prepare import encode_sources, load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.files import digest
 from dqtrain.models import read_model_config
 
-DESCRIPTION, FORMAT = "onnx.json", 1
-"""What lists the other files, and its version."""
+DESCRIPTION = "onnx.json"
+"""What lists the other files (`description.write_list`)."""
 
 
 def require_runtime() -> Any:
@@ -32,24 +31,6 @@ def require_runtime() -> Any:
             "running an ONNX graph needs the Python package onnxruntime, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'"
         ) from None
     return onnxruntime
-
-
-def check_files(folder: Path) -> list[str]:
-    """Names of the files that hold a model, each looked at whole. Raises CheckpointError for a folder without one, an older format and damage."""
-    try:
-        about = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its {DESCRIPTION} cannot be read ({error}). Export the run with `dqtrain export RUN --to onnx`.") from None
-    if about.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: has format {about.get('format')}, but this dqtrain reads {FORMAT}. Export the run again.")
-    for name, listed in about["files"].items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else 0
-        if size != listed["bytes"]:
-            raise CheckpointError(f"{path}: has {size} bytes, {DESCRIPTION} says {listed['bytes']}; it is truncated or missing. Copy or export it again.")
-        if digest(path) != listed["xxh3_128"]:
-            raise CheckpointError(f"{path}: does not have the hash in {DESCRIPTION}; a byte was changed. Copy or export it again.")
-    return list(about["files"])
 
 
 def _session(folder: Path, graph: Path | Any) -> Any:
@@ -134,8 +115,8 @@ class OnnxRunner:
     def __init__(self, folder: Path, accuracy_level: int | None = None) -> None:
         self.folder = folder
         require_runtime()
+        graphs = {name: self._graph(folder / name, accuracy_level) for name in check_list(folder / DESCRIPTION) if name.endswith(".onnx")}
         self.config = read_model_config(folder)
-        graphs = {name: self._graph(folder / name, accuracy_level) for name in check_files(folder) if name != WEIGHTS}
         self.decoder = _session(folder, graphs[DECODER if DECODER in graphs else CAUSAL])
         self.encoder = _session(folder, graphs[ENCODER]) if ENCODER in graphs else None
 

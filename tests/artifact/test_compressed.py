@@ -12,6 +12,7 @@ from test_gguf import packed_artifact, student  # noqa: F401
 from test_packed import about, settings
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from dqtrain import tensor_file
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.compressed_plan import plan
 from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed
@@ -263,6 +264,55 @@ def test_verify_notices_a_flipped_bit(tmp_path):
         export(made("llama", quant(8, activations=A8), tmp_path / "packed"), tmp_path / "made", spoil=flip_a_bit)
 
 
+def flip_in_config(folder):
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"compressed-tensors"', '"compressed-tensorz"'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (flip_a_bit, r"model\.safetensors: does not have the hash in compressed-tensors.json; a byte was changed"),
+        (lambda folder: cut(folder), r"model\.safetensors: has \d+ bytes, compressed-tensors.json says \d+; it is truncated or missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: has 0 bytes"),
+        (flip_in_config, r"config\.json: does not have the hash"),
+        (lambda folder: (folder / "compressed-tensors.json").write_text("[]"), r"compressed-tensors\.json: cannot be read \(TypeError"),
+    ],
+)
+def test_a_changed_byte_is_noticed_on_load(spoil, message, tmp_path):
+    model, packed, _ = made("llama", quant(4), tmp_path / "packed")
+    folder = tmp_path / "made"
+    folder.mkdir()
+    with format.PackedTensors(packed, format.read_description(packed)) as tensors:
+        CompressedTarget(tensors, model.config, Export()).write(folder)
+    load_any(folder)
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_any(folder)
+
+
+@pytest.mark.parametrize(("layout", "activations"), [("transformers", A8), ("vllm", None)])
+def test_many_bytes_are_in_parts(layout, activations, tmp_path, monkeypatch):
+    """As with a limit of 5 GB, of which each part has no more; the same tensors as in one file."""
+    trained = made("llama", quant(8, activations=activations), tmp_path / "packed")
+    whole = export(trained, tmp_path / "whole", layout)
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 10_000)
+    found = export(trained, tmp_path / "made", layout)
+    parts = sorted((tmp_path / "made").glob("*.safetensors"))
+    assert len(parts) > 2 and all(len(load_file(part)) == 1 or part.stat().st_size < 16_000 for part in parts)
+    stored = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+    expected = load_file(tmp_path / "whole/model.safetensors")
+    assert stored.keys() == expected.keys() and all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+    index = tmp_path / "made/model.safetensors.index.json"
+    assert json.loads(index.read_text())["weight_map"].keys() == expected.keys()
+    assert found["bytes"]["tensors"] == whole["bytes"]["tensors"]
+    assert found["bytes"]["file"] == sum(file.stat().st_size for file in [*parts, index]) == found["bytes"]["tensors"] + found["bytes"]["header"]
+    assert found["as_shipped"] == whole["as_shipped"]
+    if layout == "transformers":
+        parts[1].unlink()
+        with pytest.raises(CheckpointError, match=rf"{parts[1].name}: has 0 bytes, compressed-tensors.json says"):
+            load_compressed(tmp_path / "made")
+
+
 def cut(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
@@ -287,6 +337,7 @@ def test_damaged_directories_are_refused(spoil, activations, tmp_path):
     with pytest.raises(CheckpointError, match=r"can be read|holds no (model.layers|lm_head)"):
         export(trained, tmp_path / "made", spoil=spoil)
     if activations or spoil is not without_groups:  # made dense, names of modules are not looked at
+        (tmp_path / "made/compressed-tensors.json").unlink()  # as one from elsewhere
         with pytest.raises(CheckpointError, match=r"compressed-tensors cannot load it|transformers finds no place, or no value"):
             load_compressed(tmp_path / "made")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import shutil
 import sys
 
@@ -18,17 +17,17 @@ from test_packed import about, settings
 from transformers import BartConfig, GPT2Config, LlamaConfig, OPTConfig, PegasusConfig, Qwen3Config, Qwen3ForCausalLM, T5Config
 
 from dqtrain.artifact import format, parity
+from dqtrain.artifact.description import check_list, write_list
 from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
 from dqtrain.artifact.ggml_blocks import as_tensor, rows_of
 from dqtrain.artifact.load import complete, load_artifact
 from dqtrain.artifact.onnx_blocks import fit, pack, parts
 from dqtrain.artifact.onnx_family import check_family
 from dqtrain.artifact.onnx_graph import WEIGHTS, Graph, Stored, Weight, onnx_package
-from dqtrain.artifact.onnx_runtime import OnnxRunner, check_files, require_runtime
+from dqtrain.artifact.onnx_runtime import OnnxRunner, require_runtime
 from dqtrain.config import Export
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.files import digest
 from dqtrain.models import Inputs, LanguageModel
 from dqtrain.quant.modules import quantize_model
 
@@ -254,13 +253,6 @@ def test_onnx_runtime_computes_what_was_trained(name, student, tmp_path):  # noq
     assert told.getvalue().strip() == text.strip() and text
 
 
-def spoil_hash(folder, name):
-    """Make onnx.json say what is there."""
-    listed = json.loads((folder / "onnx.json").read_text())
-    listed["files"][name] = {"bytes": (folder / name).stat().st_size, "xxh3_128": digest(folder / name)}
-    (folder / "onnx.json").write_text(json.dumps(listed))
-
-
 def flip_a_bit(path, at=70):
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -278,7 +270,7 @@ def without_a_scale(folder):
     scale = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("c_fc.weight.scale"))
     model.graph.initializer.remove(scale)
     onnx.save(model, folder / "model.onnx")
-    spoil_hash(folder, "model.onnx")
+    write_list(folder / "onnx.json")
 
 
 def cut(folder, name):
@@ -287,11 +279,19 @@ def cut(folder, name):
 
 def cut_and_described(folder):
     cut(folder, WEIGHTS)
-    spoil_hash(folder, WEIGHTS)
+    write_list(folder / "onnx.json")
 
 
 def older(folder):
-    (folder / "onnx.json").write_text((folder / "onnx.json").read_text().replace('"format": 1', '"format": 0'))
+    (folder / "onnx.json").write_text((folder / "onnx.json").read_text().replace('"format": 2', '"format": 1'))
+
+
+def edited(folder):
+    (folder / "onnx.json").write_text((folder / "onnx.json").read_text().replace("model.onnx", "model.onny"))
+
+
+def says(text):
+    return lambda folder: (folder / "onnx.json").write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -302,8 +302,14 @@ def older(folder):
         (lambda folder: flip_a_bit(folder / WEIGHTS), r"model\.onnx\.data: does not have the hash in onnx.json; a byte was changed"),
         (lambda folder: flip_a_bit(folder / "model.onnx"), r"model\.onnx: does not have the hash"),
         (lambda folder: (folder / WEIGHTS).unlink(), "has 0 bytes"),
-        (lambda folder: (folder / "onnx.json").unlink(), r"its onnx.json cannot be read .* Export the run with"),
-        (older, "has format 0, but this dqtrain reads 1"),
+        (lambda folder: (folder / "onnx.json").unlink(), r"onnx.json: cannot be read \(FileNotFoundError.* Export the run again with"),
+        (lambda folder: flip_a_bit(folder / "config.json"), r"config\.json: does not have the hash in onnx.json; a byte was changed"),
+        (lambda folder: cut(folder, "tokenizer.json"), r"tokenizer\.json: has \d+ bytes, onnx.json says"),
+        (older, r"onnx\.json: has format 1, this dqtrain reads 2\. Export the run again"),
+        (edited, r"onnx\.json: does not have the hash in its last line; it was edited or damaged"),
+        (says("[]"), r"onnx\.json: cannot be read \(TypeError"),
+        (says("{}"), r"onnx\.json: cannot be read \(KeyError"),
+        (says('{"format": 2}'), r"onnx\.json: does not have the hash in its last line"),
         (without_a_scale, r"onnxruntime .* does not load model\.onnx"),
         (cut_and_described, r"onnxruntime .* does not load model\.onnx"),
     ],
@@ -389,4 +395,4 @@ def test_the_same_student_is_the_same_file(world, tmp_path):
             (tmp_path / name).mkdir()
             target.write(tmp_path / name)
     assert (tmp_path / "a/onnx.json").read_text() == (tmp_path / "b/onnx.json").read_text()
-    assert check_files(tmp_path / "a") == ["encoder.onnx", "decoder.onnx", WEIGHTS]
+    assert check_list(tmp_path / "a/onnx.json") == sorted(file.name for file in (tmp_path / "a").iterdir() if file.name != "onnx.json")
