@@ -35,6 +35,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: give 1 to 65535")
+    return int(text)
+
+
 def _nodes(text: str) -> tuple[int, int]:
     """`4`, or `2-4`: the fewest and the most."""
     fewest, dash, most = text.partition("-")
@@ -264,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serving.add_argument("model", type=Path, help="GGUF file or its folder, directory of compressed-tensors, packed artifact, or Hugging Face directory")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
-    serving.add_argument("--port", type=_positive, default=8080, help="port (default 8080)")
+    serving.add_argument("--port", type=_port, default=8080, help="port (default 8080)")
     quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
     quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
     quickstart.add_argument("--seq2seq", action="store_true", help="an encoder-decoder that says what Python functions do, cut to one decoder layer")

@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from dqtrain import hub
 from dqtrain.arguments import parse
-from dqtrain.config import SPLITS, RunConfig, Source, Target, check_ranks, load_config
+from dqtrain.config import SPLITS, Export, RunConfig, Source, Target, check_ranks, load_config
 from dqtrain.errors import FINAL_CODES, CheckpointError, ConfigError, DataError, Stopped, UserError
 from dqtrain.files import DISK_ERRORS
 from dqtrain.plan import cheapest, fastest, plan
@@ -120,13 +120,20 @@ def _submit_side(args: argparse.Namespace) -> str:
             raise ConfigError(f"{run.path} is no run, in whose directory a job could leave its output. Name runs, or leave out --site.")
         run.load_result()
         hub.fetch_models(run.load_config(), weights=False)
-    words = _eval_options(args, runs) if args.command == "eval" else _export_options(args)
+    words = _eval_options(args, runs) if args.command == "eval" else _export_options(args, runs)
     return submit_side(args.command, [(run, words) for run in runs], launch)
 
 
-def _export_options(args: argparse.Namespace) -> list[str]:
-    """The options of `dqtrain export` as they were given. Raises ConfigError for a target that does not exist."""
-    _targets(args.to)
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `dqtrain export` say instead of a run's config, but the targets."""
+    given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "allow_inexact": args.allow_inexact or None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _export_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[str]:
+    """The options of `dqtrain export` as they were given. Raises ConfigError for what it would refuse of a run."""
+    for run in runs:
+        _asked(run, args.to, _given(args))
     given = [word for target in args.to or () for word in ("--to", target)]
     layouts = [word for name, value in (("--gguf", args.gguf), ("--compressed-tensors", args.compressed_tensors)) if value for word in (name, value)]
     return [*given, *layouts, *(["--allow-inexact"] if args.allow_inexact else [])]
@@ -301,8 +308,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if args.command == "weights":
         return _weights(RunDir(args.run), args.out, args.step, args.dtype)
     if args.command == "export":
-        given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "allow_inexact": args.allow_inexact or None}
-        return _export(RunDir(args.run), args.to, {name: value for name, value in given.items() if value is not None})
+        return _export(RunDir(args.run), args.to, _given(args))
     if args.command == "serve":
         from dqtrain.artifact.serve import serve
 
@@ -356,9 +362,7 @@ def _look(args: argparse.Namespace) -> int:
 
 def _export(run: RunDir, to: Sequence[str] | None, given: dict[str, Any]) -> int:
     """Write a finished run's artifacts, as its config says but for what is given; prints one JSON object."""
-    asked = run.load_config().export.model_copy(update=given)
-    if to is not None:
-        asked = asked.model_copy(update={"targets": _targets(to)})
+    asked = _asked(run, to, given)
     from dqtrain.artifact.export import RUNTIMES, export
     from dqtrain.artifact.load import chosen_checkpoint
     from dqtrain.build import held_out_text
@@ -366,6 +370,20 @@ def _export(run: RunDir, to: Sequence[str] | None, given: dict[str, Any]) -> int
     held_out = held_out_text(run) if RUNTIMES.keys() & set(asked.targets or ()) else None
     print(json.dumps(export(run, chosen_checkpoint(run), asked, held_out), indent=1))
     return 0
+
+
+def _asked(run: RunDir, to: Sequence[str] | None, given: Mapping[str, Any]) -> Export:
+    """What a run's config says of its export, but for what is given. Raises ConfigError for a layout of a target that is not asked for."""
+    asked = run.load_config().export.model_copy(update=given)
+    if to is not None:
+        asked = asked.model_copy(update={"targets": _targets(to)})
+    for name, target in (("gguf", "gguf"), ("compressed_tensors", "compressed-tensors")):
+        if name in given and target not in (asked.targets or ()):
+            named = ", ".join(asked.targets or ()) or "none by name"
+            raise ConfigError(
+                f"--{target} {given[name]}: {target} is not among the targets asked for, {named}. Add it with --to {target}, or leave --{target} out."
+            )
+    return asked
 
 
 def _weights(run: RunDir, out: Path, step: int | None, dtype: str) -> int:

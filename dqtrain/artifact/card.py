@@ -1,5 +1,6 @@
 """The model card: README.md of an exported folder, with the front matter that the Hub reads. Of one checkpoint it is the same text each time."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ _RECIPE = {"student", "train", "quant", "distill"}
 _LOAD: dict[str, str] = {
     "packed": '```python\nimport dqtrain\nfrom transformers import {auto}, AutoTokenizer\nmodel, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```\n',
     "hf": '```python\nfrom transformers import {auto}, AutoTokenizer\nmodel, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```\n',
+    "compressed-tensors": "With `pip install compressed-tensors`:\n\n"
+    '```python\nfrom transformers import {auto}, AutoTokenizer\nmodel, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```\n',
+    "vllm": "```\nvllm serve .\n```\n\nor `dqtrain serve .`, which looks for the same program.\n",
     "gguf": '```\nllama-cli -m model.gguf -p "Once upon a time"\n```\n',
 }
 
@@ -33,14 +37,15 @@ def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, 
     teacher, licence, text = _teacher(config)
     if text is not None:
         shutil.copy(text, folder / "LICENSE")
+    reader = "vllm" if target == "compressed-tensors" and _layout(folder) == "vllm" else target
     auto = "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM"
     recipe = config.model_dump(mode="json", include=_RECIPE, exclude={"student": {"init_from"}}, exclude_defaults=True)
     parts = [
-        _front_matter(config, target, licence or ("other" if text else None), is_encoder_decoder),
+        _front_matter(config, target, reader, licence or ("other" if text else None), is_encoder_decoder),
         f"# {run.path.name}, {target}",
         f"Trained by dqtrain for {scores['step']:,} steps{f', taught by {teacher}' if teacher else ''}.",
         "## Use",
-        _LOAD.get(target, '```\ndqtrain generate . "Once upon a time"\n```\n').format(auto=auto).rstrip(),
+        _LOAD.get(reader, '```\ndqtrain generate . "Once upon a time"\n```\n').format(auto=auto).rstrip(),
         *(["Activations are float here, and were quantized in training."] if target == "hf" and config.quant and config.quant.activations else []),
         "## Size",
         f"{figures['bytes']:,} bytes, {figures['ratio']:.2f} times smaller than the {figures['fp32_bytes']:,} bytes of the model in fp32.",
@@ -64,9 +69,14 @@ def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, 
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def _front_matter(config: RunConfig, target: Target, licence: str | None, is_encoder_decoder: bool) -> str:
+def _layout(folder: Path) -> str:
+    """Whom a directory of compressed-tensors is for."""
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["layout"]
+
+
+def _front_matter(config: RunConfig, target: Target, reader: str, licence: str | None, is_encoder_decoder: bool) -> str:
     quant = config.quant
-    content: dict[str, Any] = {"library_name": {"packed": "dqtrain", "gguf": "llama.cpp", "onnx": "onnxruntime"}.get(target, "transformers")}
+    content: dict[str, Any] = {"library_name": {"packed": "dqtrain", "gguf": "llama.cpp", "onnx": "onnxruntime", "vllm": "vllm"}.get(reader, "transformers")}
     if licence:
         content["license"] = licence
     name = _hub_name(config.teacher.path) if config.teacher else None

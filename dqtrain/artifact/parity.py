@@ -164,7 +164,8 @@ def verify_target(
     figures["float_activations"] = {"relative_logit_difference": _largest(at_once, plain), "one_by_one": _largest(singly, plain)}
     with target.as_shipped(folder, longest) as runner:
         at_once, singly = _both_ways(runner, samples)
-    shipped = {
+    shipped: dict[str, Any] = {
+        "program": target.program,
         "target_tokens": sum(len(logits) for logits in plain),
         "held_out_text": held_out is not None,
         "own_8_bit_noise": noise,

