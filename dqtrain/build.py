@@ -35,26 +35,12 @@ from dqtrain.evaluate import Evaluation
 from dqtrain.files import digest, write_text
 from dqtrain.generation import Writing, check_generation
 from dqtrain.metrics import Metrics
-from dqtrain.models import (
-    LanguageModel,
-    LayerMaps,
-    Reader,
-    all_layers,
-    check_confined,
-    check_length,
-    check_vocabulary,
-    cut,
-    has_norm_behind,
-    in_int8,
-    inputs_of,
-    layer_map,
-    meta_model,
-    new_model,
-    open_weights,
-    read_model_config,
-    readers_of,
-    weight_files,
-)
+from dqtrain.models.checks import check_confined, check_length, check_vocabulary, has_norm_behind
+from dqtrain.models.int8 import in_int8
+from dqtrain.models.language import LanguageModel, inputs_of
+from dqtrain.models.layers import LayerMaps, all_layers, layer_map
+from dqtrain.models.making import cut, meta_model, new_model, read_model_config
+from dqtrain.models.weights import Reader, open_weights, readers_of, weight_files
 from dqtrain.quant.activation import calibrated
 from dqtrain.quant.modules import Coverage, initial_scales, is_learned_scale, quantize_model, quantized_parameters, round_matrices
 from dqtrain.rundir import RunDir, model_directory, start_directory

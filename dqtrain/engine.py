@@ -25,7 +25,8 @@ from dqtrain.data.stream import Batch
 from dqtrain.disk import Disk
 from dqtrain.distill.objective import Objective
 from dqtrain.errors import ConfigError
-from dqtrain.models import Inputs, LanguageModel, Outputs, Reader, Taught
+from dqtrain.models.language import Inputs, LanguageModel, Outputs, Taught
+from dqtrain.models.weights import Reader
 from dqtrain.quant.diagnose import effective_rank, mean_cosine, weight_statistics
 from dqtrain.quant.grid import round_to_bf16
 from dqtrain.quant.modules import has_unit_of_weights, is_learned_scale, quantized_parameters, read_in_bf16

@@ -14,7 +14,7 @@ from dqtrain.data.stream import AnyStream
 from dqtrain.distill.chunked import chunked_loss
 from dqtrain.distill.terms import task
 from dqtrain.generation import Writing
-from dqtrain.models import Head, LanguageModel, Teacher, inputs_of
+from dqtrain.models.language import Head, LanguageModel, Teacher, inputs_of
 from dqtrain.quant.diagnose import Homogeneity
 from dqtrain.world import World, gather_objects, sum_over_ranks
 

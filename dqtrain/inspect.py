@@ -28,7 +28,7 @@ from dqtrain.artifact.size import MIB, FloatPart, artifact_bytes, export_about, 
 from dqtrain.config import ActivationQuant, Bits, Export, Quant, WeightQuant, load_config
 from dqtrain.data.prepare import tokenizer_files
 from dqtrain.errors import ConfigError, DataError
-from dqtrain.models import empty_model, read_model_config
+from dqtrain.models.making import empty_model, read_model_config
 from dqtrain.quant.diagnose import SHADES, Homogeneity, relative, similarity_picture, weight_statistics
 from dqtrain.quant.grid import compute
 from dqtrain.quant.modules import Coverage, CoverageRow, is_learned_scale, quantize_model

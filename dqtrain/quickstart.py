@@ -92,7 +92,7 @@ def _baselines(config: RunConfig, run: RunDir) -> dict[str, float]:
     from dqtrain.engine import materialise
     from dqtrain.evaluate import evaluate
     from dqtrain.metrics import Phase
-    from dqtrain.models import LanguageModel
+    from dqtrain.models.language import LanguageModel
     from dqtrain.rundir import model_directory
     from dqtrain.world import init_world
 

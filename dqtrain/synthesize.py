@@ -20,7 +20,7 @@ from dqtrain.data.prepare import load_tokenizer, tokenizer_files
 from dqtrain.data.shard import writing
 from dqtrain.errors import ConfigError
 from dqtrain.files import digest, sync_path, write_text
-from dqtrain.models import load_model, read_model_config
+from dqtrain.models.making import load_model, read_model_config
 
 VERSION = 1
 """Of how a document follows from the teacher, the seed and its number."""

@@ -22,7 +22,7 @@ from dqtrain.errors import NumericsError, Stopped
 from dqtrain.evaluate import Evaluation
 from dqtrain.files import write_text
 from dqtrain.metrics import Metrics
-from dqtrain.models import Teacher, inputs_of
+from dqtrain.models.language import Teacher, inputs_of
 from dqtrain.quant.modules import check_all_ran
 from dqtrain.rundir import RunDir
 from dqtrain.schedule import learning_rate_factor, seed_micro_batch

@@ -28,13 +28,19 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 
 from dqtrain import checkpoint, engine
 from dqtrain.bench import sharding
+from dqtrain.checkpoint import saver as saving
+from dqtrain.checkpoint import sound
 from dqtrain.config import ActivationQuant, Attention, Contrast, Distill, Hidden, Logits, Override, Quant, Train, WeightQuant, Zero
 from dqtrain.data.stream import IGNORED
 from dqtrain.disk import require_room
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import StudentEngine, TeacherEngine
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models import Inputs, LanguageModel, LayerMaps, all_layers, in_int8, layer_map, meta_model, open_weights, readers_of
+from dqtrain.models.int8 import in_int8
+from dqtrain.models.language import Inputs, LanguageModel
+from dqtrain.models.layers import LayerMaps, all_layers, layer_map
+from dqtrain.models.making import meta_model
+from dqtrain.models.weights import open_weights, readers_of
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import quantize_model
 from dqtrain.schedule import seed_micro_batch
@@ -556,11 +562,11 @@ def fill_disk(world: World, folder: Path) -> None:
 
 def not_shared(world: World, folder: Path) -> None:
     """Rank 1 writes to a disk of its own. -> not_shared-RANK.json, the message."""
-    run, usual = Trained(world, stage=3), checkpoint.SHARED_DISK_S
-    checkpoint.SHARED_DISK_S = 0.5
+    run, usual = Trained(world, stage=3), saving.SHARED_DISK_S
+    saving.SHARED_DISK_S = 0.5
     message = refusal(run.begin_save(folder / f"disk-of-rank-{world.rank}", 1).wait)
     (folder / f"not_shared-{world.rank}.json").write_text(json.dumps(message))
-    checkpoint.SHARED_DISK_S = usual
+    saving.SHARED_DISK_S = usual
     run.student.destroy()
 
 
@@ -574,7 +580,7 @@ def no_room(world: World, folder: Path, root: str) -> None:
 
 def train_on(world: World, folder: Path, stage: int) -> None:
     """While rank 1's part of step 2 is held back, training goes on, and spoils all that there is; twice. -> in-flight-STAGE, in-flight-STAGE-RANK.json."""
-    run, usual, go = Trained(world, stage=stage), checkpoint.write_tensors, threading.Event()
+    run, usual, go = Trained(world, stage=stage), saving.write_tensors, threading.Event()
 
     def wait_and_write(*arguments: Any) -> Any:
         go.wait(60)
@@ -584,7 +590,7 @@ def train_on(world: World, folder: Path, stage: int) -> None:
     run.train(0)
     run.save(root, 1)
     run.train(1)
-    checkpoint.write_tensors = wait_and_write if world.rank == 1 else usual
+    saving.write_tensors = wait_and_write if world.rank == 1 else usual
     saver = run.begin_save(root, 2)
     run.train(2)
     for fragment in run.student.fragments():
@@ -596,14 +602,14 @@ def train_on(world: World, folder: Path, stage: int) -> None:
     barrier()
     go.set()
     saver.wait()
-    checkpoint.write_tensors = usual
+    saving.write_tensors = usual
     (folder / f"in-flight-{stage}-{world.rank}.json").write_text(json.dumps(seen))
     run.student.destroy()
 
 
 def die_saving(world: World, folder: Path) -> None:
     """Rank 1 is killed when it has written half of its part of step 2; rank 0 sees nothing complete, and leaves."""
-    run, root, usual = Trained(world, stage=3), folder / "killed", checkpoint.write_tensors
+    run, root, usual = Trained(world, stage=3), folder / "killed", saving.write_tensors
 
     def write_half_and_die(path: Path, *arguments: Any) -> Any:
         usual(path, *arguments)
@@ -611,7 +617,7 @@ def die_saving(world: World, folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     run.save(root, 1)
-    checkpoint.write_tensors = write_half_and_die if world.rank == 1 else usual
+    saving.write_tensors = write_half_and_die if world.rank == 1 else usual
     run.begin_save(root, 2)
     time.sleep(2)
     assert world.rank == 0
@@ -626,7 +632,7 @@ def save_once(world: World, folder: Path, name: str, step: int, **how: Any) -> N
 
 def choose(world: World, folder: Path, name: str, roots: list[str], stage: int) -> None:
     """What each rank reads to agree on the newest of each root's checkpoints, and on which they agree. -> NAME-RANK.json."""
-    run, usual = Trained(world, stage=stage), checkpoint.digest
+    run, usual = Trained(world, stage=stage), sound.digest
     found: dict[str, Any] = {}
     for root in roots:
         read: list[str] = []
@@ -635,13 +641,13 @@ def choose(world: World, folder: Path, name: str, roots: list[str], stage: int) 
             read.append(f"{path.parent.name}/{path.name}")
             return usual(path)
 
-        checkpoint.digest = note
+        sound.digest = note
         try:
             chosen, messages = checkpoint.agree_on_newest(folder / root, run.student, world)
             found[root] = {"chosen": chosen and chosen.name, "messages": messages, "read": read}
         except CheckpointError as error:
             found[root] = {"error": str(error), "read": read}
-        checkpoint.digest = usual
+        sound.digest = usual
     (folder / f"{name}-{world.rank}.json").write_text(json.dumps(found))
     run.student.destroy()
 

@@ -30,7 +30,9 @@ from transformers import (
 from dqtrain.build import student_model
 from dqtrain.config import RunConfig
 from dqtrain.engine import materialise
-from dqtrain.models import LayerMaps, cut, readers_of
+from dqtrain.models.layers import LayerMaps
+from dqtrain.models.making import cut
+from dqtrain.models.weights import readers_of
 from dqtrain.world import World
 
 IDS = torch.arange(24).reshape(2, 12) * 3 % 97

@@ -11,7 +11,8 @@ from dqtrain.build import student_model
 from dqtrain.config import Distill, Hidden, load_config
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.errors import ConfigError
-from dqtrain.models import Inputs, LanguageModel, Taught, inputs_of, load_model
+from dqtrain.models.language import Inputs, LanguageModel, Taught, inputs_of
+from dqtrain.models.making import load_model
 
 HIDDEN = "{task: 1.0, hidden: {weight: 1.0}, attention: {weight: 1.0}}"
 

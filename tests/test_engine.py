@@ -29,7 +29,7 @@ from dqtrain import checkpoint
 from dqtrain.data.stream import IGNORED
 from dqtrain.distill import objective as objective_module
 from dqtrain.distill.chunked import plain_loss
-from dqtrain.models import Inputs, Taught
+from dqtrain.models.language import Inputs, Taught
 from dqtrain.quant.modules import is_learned_scale
 
 CASES = {f"fp32-{stage}-{teacher}": {"stage": stage, "teacher": teacher} for stage in (1, 2, 3) for teacher in (0, 3)}

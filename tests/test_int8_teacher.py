@@ -14,9 +14,11 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from dqtrain import models
 from dqtrain.errors import ConfigError
-from dqtrain.models import LanguageModel, in_int8, readers_of
+from dqtrain.models import int8
+from dqtrain.models.int8 import in_int8
+from dqtrain.models.language import LanguageModel
+from dqtrain.models.weights import readers_of
 
 
 def gpt_oss():
@@ -174,7 +176,7 @@ def test_slices_of_codes_and_scales_are_those_of_the_whole(data):
     weight = torch.randn(shape, generator=draw) * 10.0 ** data.draw(st.integers(-12, 12)) * (torch.rand(shape, generator=draw) < 0.7)
     codes, scale = by_hand(weight, -2 if kind in ("conv1d", "transposed") else -1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "BLOCK_ELEMENTS", data.draw(st.integers(1, 40)))
+        patch.setattr(int8, "BLOCK_ELEMENTS", data.draw(st.integers(1, 40)))
         readers = in_int8(model, readers_of({"layers.0.weight": weight}))
         assert model.layers[0].weight_scale.shape == scale.shape
         for _ in range(3):

@@ -15,31 +15,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, BertModel, BloomConfig, Gemma2Config, Gemma2ForCausalLM, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from dqtrain import models
 from dqtrain.config import ActivationQuant, Data, Pairs, Quant, WeightQuant
 from dqtrain.data.stream import Batch
 from dqtrain.engine import materialise
 from dqtrain.errors import ConfigError, DataError
-from dqtrain.models import (
-    DQ_BART_MAPS,
-    HeadLinear,
-    Inputs,
-    LanguageModel,
-    LayerMaps,
-    all_layers,
-    check_confined,
-    check_length,
-    check_vocabulary,
-    cut,
-    empty_model,
-    inputs_of,
-    layer_map,
-    load_model,
-    meta_model,
-    new_model,
-    open_weights,
-    read_model_config,
-)
+from dqtrain.models import weights
+from dqtrain.models.checks import check_confined, check_length, check_vocabulary
+from dqtrain.models.language import HeadLinear, Inputs, LanguageModel, inputs_of
+from dqtrain.models.layers import DQ_BART_MAPS, LayerMaps, all_layers, layer_map
+from dqtrain.models.making import checked, cut, empty_model, load_model, meta_model, new_model, read_model_config
+from dqtrain.models.weights import open_weights
 from dqtrain.quant.modules import quantize_model
 from dqtrain.tensor_file import MappedFiles
 
@@ -468,9 +453,9 @@ class ScaledLogits(GPT2LMHeadModel):
 def test_models_that_cannot_be_split_are_refused(tmp_path):
     config = make("gpt2").config
     with pytest.raises(ConfigError, match="^X: the head of HeadOfAnotherKind is no linear layer"):
-        models._checked(HeadOfAnotherKind(copy.deepcopy(config)), "X")
+        checked(HeadOfAnotherKind(copy.deepcopy(config)), "X")
     with pytest.raises(ConfigError, match="^X: ScaledLogits does more than apply its head"):
-        models._checked(sharpen(ScaledLogits(copy.deepcopy(config))), "X")
+        checked(sharpen(ScaledLogits(copy.deepcopy(config))), "X")
     for is_decoder, message in ((False, "BertLMHeadModel looks at later tokens"), (True, "BertLMHeadModel does more than apply its head")):
         sharpen(BertLMHeadModel(BertConfig(**SMALL_BERT, is_decoder=is_decoder))).save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match=message):
@@ -513,8 +498,8 @@ def test_a_slice_is_read_alone(folder_of_tensors, data):
     start = data.draw(st.integers(0, flat.numel() - 1))
     out = torch.empty(data.draw(st.integers(1, flat.numel() - start)), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "_ROWS_BYTES", data.draw(st.sampled_from([1, 20, 50, 1000])))
-        models._read_slice(MappedFiles(), folder / "model.safetensors", name, tuple(tensors[name].shape), start, out)
+        patch.setattr(weights, "_ROWS_BYTES", data.draw(st.sampled_from([1, 20, 50, 1000])))
+        weights._read_slice(MappedFiles(), folder / "model.safetensors", name, tuple(tensors[name].shape), start, out)
     assert torch.equal(out, flat[start : start + len(out)].double())
 
 

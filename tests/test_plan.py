@@ -21,7 +21,7 @@ from dqtrain.bench import memory as bench
 from dqtrain.config import Quant, RunConfig, load_config, validate
 from dqtrain.distill import chunked
 from dqtrain.errors import ConfigError
-from dqtrain.models import Inputs, LanguageModel
+from dqtrain.models.language import Inputs, LanguageModel
 from dqtrain.plan import GPUS, Memory, cheapest, cost_of, fastest, memory_of, plan
 from dqtrain.plan.cost import NVME_BYTES_PER_S
 from dqtrain.plan.memory import CHUNK_BYTES, DISK_PIECE_ELEMENTS, LIVE_ELEMENTS, PIECE_ELEMENTS, kept_by_layer

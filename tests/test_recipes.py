@@ -12,7 +12,9 @@ from families import FAMILIES, cut_copy, whole_student
 from dqtrain.config import PASSIVE, load_config
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import _parameter_groups
-from dqtrain.models import Inputs, LanguageModel, LayerMaps, Taught, all_layers, layer_map, load_model
+from dqtrain.models.language import Inputs, LanguageModel, Taught
+from dqtrain.models.layers import LayerMaps, all_layers, layer_map
+from dqtrain.models.making import load_model
 from dqtrain.quant.modules import quantize_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from dqtrain import checkpoint
 from dqtrain.artifact.load import load_any, load_spread
-from dqtrain.models import Inputs, LanguageModel, load_model
+from dqtrain.models.language import Inputs, LanguageModel
+from dqtrain.models.making import load_model
 
 LONG = "{steps: 30, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, warmup_steps: 2, weight_decay: 0.01}"
 

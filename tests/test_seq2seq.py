@@ -13,7 +13,7 @@ from conftest import WORDS
 import dqtrain
 from dqtrain.config import Source
 from dqtrain.data.prepare import train_tokenizer
-from dqtrain.models import all_layers
+from dqtrain.models.layers import all_layers
 
 SIZES = {
     "bart": "d_model: 32, encoder_layers: 3, decoder_layers: 3, encoder_ffn_dim: 48, decoder_ffn_dim: 48, encoder_attention_heads: 2, "

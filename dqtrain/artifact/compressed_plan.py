@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from dqtrain.artifact.target import names_of
 from dqtrain.config import Export
 from dqtrain.errors import ConfigError
-from dqtrain.models import model_class
+from dqtrain.models.making import model_class
 from dqtrain.quant.activation import BLOCKS, ActivationQuantizer
 from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
 from dqtrain.quant.modules import Coverage, CoverageRow

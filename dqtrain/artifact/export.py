@@ -25,7 +25,7 @@ from dqtrain.config import Export, Quant, RunConfig, Target
 from dqtrain.data.stream import AnyStream
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import sync_path, write_text
-from dqtrain.models import meta_model, read_model_config
+from dqtrain.models.making import meta_model, read_model_config
 from dqtrain.quant.modules import Coverage, float_bytes, is_learned_scale, latent_heads, served_parameters
 from dqtrain.rundir import RunDir
 from dqtrain.tensor_file import write_model_files

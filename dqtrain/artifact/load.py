@@ -25,19 +25,9 @@ from dqtrain.config import ActivationQuant, Generation
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.generation import generate as write
-from dqtrain.models import (
-    by_names,
-    empty_model,
-    leave_in_files,
-    load_model,
-    meta_model,
-    model_class,
-    open_head,
-    open_weights,
-    read_model_config,
-    stored_tensors,
-    whole_tensors,
-)
+from dqtrain.models.language import open_head
+from dqtrain.models.making import empty_model, load_model, meta_model, model_class, read_model_config
+from dqtrain.models.weights import by_names, leave_in_files, open_weights, stored_tensors, whole_tensors
 from dqtrain.quant.modules import quantize_activations, quantize_model, round_matrices
 from dqtrain.rundir import RunDir
 from dqtrain.world import World

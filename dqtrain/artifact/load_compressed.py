@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, Pr
 
 from dqtrain.artifact.description import check_list
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models import model_class, read_model_config
+from dqtrain.models.making import model_class, read_model_config
 
 DESCRIPTION = "compressed-tensors.json"
 """What lists the other files of a directory that was written here (`description.write_list`); one from elsewhere has none."""

@@ -16,7 +16,7 @@ from dqtrain.artifact.onnx_family import CAUSAL, DECODER, ENCODER
 from dqtrain.artifact.onnx_graph import CONTRIB, in_model, onnx_package
 from dqtrain.data.prepare import encode_sources, load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models import read_model_config
+from dqtrain.models.making import read_model_config
 
 DESCRIPTION = "onnx.json"
 """What lists the other files (`description.write_list`)."""

@@ -25,7 +25,7 @@ from dqtrain.artifact.target import Runner, RuntimeTarget
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.data.stream import IGNORED, AnyStream
 from dqtrain.errors import CheckpointError
-from dqtrain.models import Inputs, LanguageModel
+from dqtrain.models.language import Inputs, LanguageModel
 from dqtrain.quant.activation import ActivationQuantizer
 from dqtrain.quant.modules import Coverage, float_bytes, is_learned_scale, quantize_activations, served_parameters, values_of
 

@@ -23,7 +23,8 @@ from dqtrain.config import Distill, Quant, Train, WeightQuant, Zero
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import StudentEngine, start
 from dqtrain.files import digest
-from dqtrain.models import LanguageModel, all_layers
+from dqtrain.models.language import LanguageModel
+from dqtrain.models.layers import all_layers
 from dqtrain.quant.modules import quantize_model
 from dqtrain.world import barrier, init_world
 

@@ -24,7 +24,7 @@ from dqtrain.bench.sharding import XL
 from dqtrain.checkpoint import FORMAT, Index, persistent_buffers
 from dqtrain.config import load_config
 from dqtrain.files import digest
-from dqtrain.models import meta_model
+from dqtrain.models.making import meta_model
 from dqtrain.quant.modules import is_learned_scale, quantize_model
 from dqtrain.rundir import RunDir
 from dqtrain.tensor_file import write_tensors

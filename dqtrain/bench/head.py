@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dqtrain.distill import terms
 from dqtrain.distill.chunked import CHUNK_BYTES, chunked_loss, plain_loss
-from dqtrain.models import Head
+from dqtrain.models.language import Head
 
 PATHS = {"plain": plain_loss, "chunked": chunked_loss}
 

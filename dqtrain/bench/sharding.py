@@ -28,7 +28,8 @@ from dqtrain import engine
 from dqtrain.build import student_model
 from dqtrain.config import Source, load_config
 from dqtrain.data.prepare import load_tokenizer, train_tokenizer
-from dqtrain.models import meta_model, open_weights
+from dqtrain.models.making import meta_model
+from dqtrain.models.weights import open_weights
 from dqtrain.tensor_file import write_tensors
 from dqtrain.world import barrier, init_world
 

@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dqtrain.config import ActivationQuant, Attention, Contrast, Distill, Hidden, Logits, Quant, WeightQuant
 from dqtrain.distill.objective import Objective, needed_outputs
-from dqtrain.models import Inputs, LanguageModel, Taught, all_layers
+from dqtrain.models.language import Inputs, LanguageModel, Taught
+from dqtrain.models.layers import all_layers
 from dqtrain.quant.modules import quantize_model
 
 TERMS = {

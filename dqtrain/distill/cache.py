@@ -28,7 +28,8 @@ from dqtrain.data.shard import writing
 from dqtrain.data.stream import IGNORED, AnyStream, Batch
 from dqtrain.errors import DataError
 from dqtrain.files import digest, write_text, write_whole
-from dqtrain.models import Head, Inputs, Outputs, Taught, Teacher, inputs_of, weight_files
+from dqtrain.models.language import Head, Inputs, Outputs, Taught, Teacher, inputs_of
+from dqtrain.models.weights import weight_files
 from dqtrain.world import World, barrier, broadcast_object
 
 VERSION = 1

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dqtrain.models import Head
+from dqtrain.models.language import Head
 
 Function = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """(student's logits, teacher's logits or None, whatever else has such rows) -> (scalar, named scalars): sums over the rows, 0 for no rows.

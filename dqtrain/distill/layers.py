@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dqtrain.config import Hidden
 from dqtrain.distill import terms
-from dqtrain.models import Inputs, LayerMaps, Outputs
+from dqtrain.models.language import Inputs, Outputs
+from dqtrain.models.layers import LayerMaps
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from dqtrain.distill import terms
 from dqtrain.distill.chunked import chunked_loss
 from dqtrain.distill.contrast import TokenContrast
 from dqtrain.distill.layers import Positions, attention_term, hidden_term
-from dqtrain.models import Inputs, LanguageModel, LayerMaps, Outputs, Taught
+from dqtrain.models.language import Inputs, LanguageModel, Outputs, Taught
+from dqtrain.models.layers import LayerMaps
 from dqtrain.world import sum_over_ranks
 
 

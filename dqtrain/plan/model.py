@@ -237,7 +237,7 @@ class Model:
         )
 
     def cut(self, decoder: Sequence[int] | int | None, encoder: Sequence[int] | int | None) -> "Model":
-        """The student that keeps these layers, as `models.cut` makes it. Raises ConfigError for layers that are not there."""
+        """The student that keeps these layers, as `models.making.cut` makes it. Raises ConfigError for layers that are not there."""
         kept = {}
         for is_encoder, layers in ((False, decoder), (True, encoder)):
             numbers = {int(found[1]) for name in self.tensors if (found := _LAYER.search(name)) and _is_encoder(name) == is_encoder}

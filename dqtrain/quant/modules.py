@@ -49,7 +49,7 @@ def has_unit_of_weights(name: str) -> bool:
 
 
 def values_of(parameter: Tensor) -> Tensor:
-    """What a parameter holds, without its graph: of one on the meta device what its `read` gives (`models.leave_in_files`)."""
+    """What a parameter holds, without its graph: of one on the meta device what its `read` gives (`models.weights.leave_in_files`)."""
     return parameter.read() if parameter.is_meta else parameter.detach()  # type: ignore[attr-defined]
 
 
@@ -544,7 +544,7 @@ def initial_scales(parameters: Iterable[QuantizedParameter], read: Callable[[str
 def served_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What forward computes with for each parameter by its first name: the quantized weight, the rounded parameter, or the parameter; no scales of weights.
 
-    One at a time: of a model whose parameters are in files (`models.leave_in_files`) no other is in memory.
+    One at a time: of a model whose parameters are in files (`models.weights.leave_in_files`) no other is in memory.
     """
     quantized = {parameter.name: parameter for parameter in quantized_parameters(model)}
     scales = {f"{name}_{learned}" for name, parameter in quantized.items() for learned in parameter.quantizer.learned}

@@ -21,7 +21,8 @@ from dqtrain.artifact.load_compressed import load_compressed
 from dqtrain.cli import main
 from dqtrain.config import BITS_OF_GRID, Export, Quant
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models import Inputs, LanguageModel, load_model, meta_model
+from dqtrain.models.language import Inputs, LanguageModel
+from dqtrain.models.making import load_model, meta_model
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import Coverage, quantize_model
 

@@ -20,7 +20,7 @@ from dqtrain.bench.sharding import FREED
 from dqtrain.cli import main
 from dqtrain.config import Export
 from dqtrain.errors import CheckpointError
-from dqtrain.models import load_model
+from dqtrain.models.making import load_model
 from dqtrain.quant.modules import served_parameters
 
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A teacher\n"

@@ -34,7 +34,8 @@ from dqtrain.config import Export, Pairs, Quant
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.data.stream import PairStream, Stream
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models import LanguageModel, inputs_of, load_model
+from dqtrain.models.language import LanguageModel, inputs_of
+from dqtrain.models.making import load_model
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import quantize_model
 

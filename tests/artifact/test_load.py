@@ -12,7 +12,7 @@ from families import FAMILIES
 
 from dqtrain.artifact.load import free_memory, load_any, load_spread
 from dqtrain.errors import ConfigError
-from dqtrain.models import Inputs, LanguageModel
+from dqtrain.models.language import Inputs, LanguageModel
 
 
 def logits(model):

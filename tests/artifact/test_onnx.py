@@ -28,7 +28,7 @@ from dqtrain.artifact.onnx_runtime import OnnxRunner, require_runtime
 from dqtrain.config import Export
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models import Inputs, LanguageModel
+from dqtrain.models.language import Inputs, LanguageModel
 from dqtrain.quant.modules import quantize_model
 
 # Blocks

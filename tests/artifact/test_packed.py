@@ -19,7 +19,7 @@ from dqtrain.artifact.size import artifact_bytes, float_part
 from dqtrain.config import BITS_OF_GRID, Quant
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import digest
-from dqtrain.models import load_model
+from dqtrain.models.making import load_model
 from dqtrain.quant.modules import is_learned_scale, quantize_model, quantized_parameters
 from dqtrain.quant.pack import packed_bytes
 

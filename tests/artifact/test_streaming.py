@@ -18,7 +18,8 @@ from dqtrain.artifact.load import artifact_in_files, load_artifact
 from dqtrain.artifact.size import artifact_bytes, float_part
 from dqtrain.config import BITS_OF_GRID, Quant
 from dqtrain.errors import CheckpointError
-from dqtrain.models import LanguageModel, leave_in_files, readers_of, whole_tensors
+from dqtrain.models.language import LanguageModel
+from dqtrain.models.weights import leave_in_files, readers_of, whole_tensors
 from dqtrain.quant.modules import quantized_parameters, served_parameters
 
 

@@ -19,7 +19,7 @@ from dqtrain.distill.cache import CachedTeacher, cache_folder, write_cache
 from dqtrain.distill.terms import cross_entropy, sampled_cross_entropy
 from dqtrain.engine import TeacherEngine
 from dqtrain.errors import DataError
-from dqtrain.models import LanguageModel, inputs_of
+from dqtrain.models.language import LanguageModel, inputs_of
 from dqtrain.world import World
 
 CPU = torch.device("cpu")

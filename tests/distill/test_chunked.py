@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dqtrain.distill import terms
 from dqtrain.distill.chunked import chunked_loss, plain_loss
-from dqtrain.models import Head, Inputs, LanguageModel
+from dqtrain.models.language import Head, Inputs, LanguageModel
 
 TERMS = {
     "task": lambda s, t, labels: terms.task(s, labels),

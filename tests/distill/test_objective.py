@@ -10,7 +10,8 @@ from torch import nn
 
 from dqtrain.config import Attention, Contrast, Distill, Hidden, Logits, Quant, WeightQuant
 from dqtrain.distill.objective import Objective, needed_outputs
-from dqtrain.models import Inputs, LanguageModel, LayerMaps, Taught
+from dqtrain.models.language import Inputs, LanguageModel, Taught
+from dqtrain.models.layers import LayerMaps
 from dqtrain.quant.modules import quantize_model
 
 SAMPLES, TOKENS, SOURCES, WORDS = 3, 9, 7, 97

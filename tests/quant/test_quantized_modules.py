@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dqtrain.config import BITS_OF_GRID, ActivationQuant, Override, Quant, WeightQuant
 from dqtrain.errors import ConfigError
-from dqtrain.models import meta_model
+from dqtrain.models.making import meta_model
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.grid import GRIDS, WeightQuantizer
 from dqtrain.quant.modules import (

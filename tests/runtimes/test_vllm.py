@@ -20,7 +20,7 @@ from dqtrain.artifact import format, parity
 from dqtrain.artifact.export_compressed import CompressedTarget
 from dqtrain.artifact.load import load_artifact
 from dqtrain.config import Export, Quant
-from dqtrain.models import Inputs, LanguageModel
+from dqtrain.models.language import Inputs, LanguageModel
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import quantize_model
 

@@ -1,0 +1,1 @@
+"""Teacher in, student cut from it: causal models and encoder-decoders of transformers."""
