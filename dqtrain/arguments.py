@@ -29,6 +29,9 @@ exit codes: 0 done; 2 config, 3 data, 4 checkpoint or artifact, 5 numerics: mend
 """
 
 
+RAW = argparse.RawDescriptionHelpFormatter
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a count of 1 or more")
@@ -58,30 +61,35 @@ def _share(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("dqtrain", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+Commands = argparse._SubParsersAction
 
-    def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=help + ".", epilog=f"example:\n  {example}", formatter_class=raw)
 
-    def side_job(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--site", type=Path, metavar="YAML", help="as a Slurm job on one node, of which `dqtrain status` of the run tells (default: here)")
-        command.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of the job (default: the site's)")
+def _command(commands: Commands, name: str, help: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  {example}", formatter_class=RAW)
 
-    train = command(
-        "train", "train from a config, or continue the run it names", "dqtrain train configs/causal.yaml teacher.path=DIR data.train=a.jsonl --ranks 2"
+
+def _side_job(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--site", type=Path, metavar="YAML", help="as a Slurm job on one node, of which `dqtrain status` of the run tells (default: here)")
+    command.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of the job (default: the site's)")
+
+
+def _runs(commands: Commands) -> None:
+    train = _command(
+        commands,
+        "train",
+        "train from a config, or continue the run it names",
+        "dqtrain train configs/causal.yaml teacher.path=DIR data.train=a.jsonl --ranks 2",
     )
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
     train.add_argument("--ranks", type=int, help="processes to start here (default 1); under torchrun each process is one rank already")
-    resume = command("resume", "continue a run the way it was started: here, or as a Slurm job", "dqtrain resume runs/mine")
+    resume = _command(commands, "resume", "continue a run the way it was started: here, or as a Slurm job", "dqtrain resume runs/mine")
     resume.add_argument("run", type=Path, help="run directory")
     resume.add_argument("--ranks", type=int, help="another number of processes; here alone")
     resume.add_argument("--here", action="store_true", help="on this machine, although it was submitted")
     resume.add_argument("--new-code", action="store_true", help="with the dqtrain that is installed now, instead of the run's own copy of its first submission")
-    queue = command(
+    queue = _command(
+        commands,
         "submit",
         "train as a Slurm job, which goes on after time limits, preemptions and lost nodes; what cannot run is refused before it is queued",
         "dqtrain submit configs/causal.yaml --site slurm/sites/example.yaml --nodes 4 --time 24:00:00 teacher.path=DIR data.train=a.jsonl run.dir=runs/mine",
@@ -92,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     queue.add_argument("--nodes", type=_nodes, default=(1, 1), metavar="N|N-M", help="nodes (default 1); 2-4: as many of 4 as there are, but 2 or more")
     queue.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of each start (default: the site's); the run goes on after it")
     queue.add_argument("--dry-run", action="store_true", help="print the sbatch command and the script, and touch nothing")
-    sweep = command(
+    sweep = _command(
+        commands,
         "sweep",
         "train one config over a grid of values, as a Slurm array with each point on one node, or here; a finished point is not run again",
         "dqtrain sweep configs/sweeps/example.yaml --site slurm/sites/example.yaml --time 4:00:00\n  dqtrain sweep configs/sweeps/example.yaml --here --ranks 2",
@@ -107,21 +116,26 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--ranks", type=_positive, help="processes of a point; with --here alone (default 1)")
     sweep.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of each start of a point (default: the site's); the run goes on after it")
     sweep.add_argument("--dry-run", action="store_true", help="print the points and the batch script, and touch nothing")
-    shown = command("status", "what runs do, where their time went, when they will be done", "dqtrain status runs/mine")
+    shown = _command(commands, "status", "what runs do, where their time went, when they will be done", "dqtrain status runs/mine")
     shown.add_argument("--watch", action="store_true", help="drawn anew every 2 s, until Ctrl-C")
     shown.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories (default: all in runs/)")
-    logs = command("logs", "what a run prints", "dqtrain logs -f runs/mine")
+    logs = _command(commands, "logs", "what a run prints", "dqtrain logs -f runs/mine")
     logs.add_argument("run", type=Path, help="run directory")
     logs.add_argument("-f", dest="follow", action="store_true", help="the end of it, and what is added until the run is finished")
     logs.add_argument("--rank", type=int, default=0, help="rank (default 0)")
-    stopping = command("stop", "let a run save and end, or take it out of the queue", "dqtrain stop runs/mine")
+    stopping = _command(commands, "stop", "let a run save and end, or take it out of the queue", "dqtrain stop runs/mine")
     stopping.add_argument("run", type=Path, help="run directory")
-    prepare = command("prepare", "make the tokenizer and the token shards of a config (train does it too)", "dqtrain prepare configs/quickstart-teacher.yaml")
+
+
+def _corpora(commands: Commands) -> None:
+    prepare = _command(
+        commands, "prepare", "make the tokenizer and the token shards of a config (train does it too)", "dqtrain prepare configs/quickstart-teacher.yaml"
+    )
     prepare.add_argument("config", type=Path, help="YAML file")
     prepare.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
     prepare.add_argument("--workers", type=_positive, help="processes (default: one for each processor)")
     prepare.add_argument("--part", type=_share, metavar="K/N", help="do every N-th part, from the K-th (from 0): one of N tasks that share the work")
-    side_job(prepare)
+    _side_job(prepare)
     prepare.add_argument("--tasks", type=_positive, default=1, metavar="N", help="with --site: N jobs that share the work (default 1)")
     data = commands.add_parser("data", help="what prepared data holds: info, show, verify", description="Look at prepared data.").add_subparsers(
         dest="what", required=True, metavar="WHAT"
@@ -132,13 +146,39 @@ def _parser() -> argparse.ArgumentParser:
         "verify": ("check every shard against its checksums; exit code 3 names what is damaged", "dqtrain data verify runs/mine/shards"),
     }
     for name, (help, example) in looks.items():
-        look = data.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  {example}", formatter_class=raw)
+        look = _command(data, name, help, example)
         look.add_argument("path", type=Path, metavar="DIR", help="folder that prepare made, a folder of several, a run directory, or a YAML file")
         if name == "show":
             look.add_argument("--sample", type=int, default=0, metavar="N", help="its number in the order of the corpus, from 0 (default 0)")
             look.add_argument("--tokens-per-sample", type=_positive, metavar="T", help="the N-th T tokens of packed text, instead of document N")
             look.add_argument("--tokenizer", type=Path, metavar="DIR", help="where the tokenizer is now, if it was moved")
-    evaluate = command(
+    cache = _command(
+        commands,
+        "cache-teacher",
+        "store what the teacher says about every training sample, once, for a config whose teacher.source is hidden, sampled or top_k",
+        "dqtrain cache-teacher configs/mine.yaml --ranks 2",
+    )
+    cache.add_argument("config", type=Path, help="YAML file")
+    cache.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    cache.add_argument("--ranks", type=int, help="processes to start here (default 1); in a job they are the site's ranks_per_node")
+    _side_job(cache)
+    write = _command(
+        commands,
+        "synthesize",
+        "let the teacher write a training corpus, where there is no data (LLM-QAT's scheme); goes on where it was interrupted",
+        "dqtrain synthesize TEACHER corpus.jsonl --documents 10000 --tokens 512",
+    )
+    write.add_argument("teacher", type=Path, help="causal Hugging Face directory or hub id hf:NAME@COMMIT, or finished unquantized run")
+    write.add_argument("out", type=Path, help=".jsonl file")
+    write.add_argument("--documents", type=_positive, required=True, help="documents to write")
+    write.add_argument("--tokens", type=_positive, default=512, help="longest document (default 512)")
+    write.add_argument("--seed", type=int, default=1, help="seed of what is drawn (default 1)")
+    write.add_argument("--batch", type=_positive, default=16, help="documents written side by side (default 16)")
+
+
+def _looks(commands: Commands) -> None:
+    evaluate = _command(
+        commands,
         "eval",
         "loss and perplexity of runs, model directories or artifacts, one line of JSON each; with --site of runs, as a Slurm array",
         "dqtrain eval MODEL --data test.jsonl\n  dqtrain eval runs/sweep/* --split test --site slurm/sites/example.yaml --time 1:00:00",
@@ -154,28 +194,9 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=Path, metavar="YAML", help="take the data and eval blocks of this config; needed for an encoder-decoder that is not a run"
     )
     evaluate.add_argument("--tokens-per-sample", type=_positive, help="tokens per sample (default: the run's, or the model's longest up to 1024)")
-    side_job(evaluate)
-    cache = command(
-        "cache-teacher",
-        "store what the teacher says about every training sample, once, for a config whose teacher.source is hidden, sampled or top_k",
-        "dqtrain cache-teacher configs/mine.yaml --ranks 2",
-    )
-    cache.add_argument("config", type=Path, help="YAML file")
-    cache.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
-    cache.add_argument("--ranks", type=int, help="processes to start here (default 1); in a job they are the site's ranks_per_node")
-    side_job(cache)
-    write = command(
-        "synthesize",
-        "let the teacher write a training corpus, where there is no data (LLM-QAT's scheme); goes on where it was interrupted",
-        "dqtrain synthesize TEACHER corpus.jsonl --documents 10000 --tokens 512",
-    )
-    write.add_argument("teacher", type=Path, help="causal Hugging Face directory or hub id hf:NAME@COMMIT, or finished unquantized run")
-    write.add_argument("out", type=Path, help=".jsonl file")
-    write.add_argument("--documents", type=_positive, required=True, help="documents to write")
-    write.add_argument("--tokens", type=_positive, default=512, help="longest document (default 512)")
-    write.add_argument("--seed", type=int, default=1, help="seed of what is drawn (default 1)")
-    write.add_argument("--batch", type=_positive, default=16, help="documents written side by side (default 16)")
-    inspect = command(
+    _side_job(evaluate)
+    inspect = _command(
+        commands,
         "inspect",
         "what a quantization does to a model before training: coverage, bytes, error of every weight, how alike words become",
         "dqtrain inspect MODEL --quant 2-2-8\n"
@@ -195,7 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--group-size", type=_positive, help="inputs of linears that share a scale (default: one scale per matrix)")
     inspect.add_argument("--json", action="store_true", help="print the same figures as one JSON object")
-    planned = command(
+    planned = _command(
+        commands,
         "plan",
         "memory per GPU, traffic, step time and checkpoints of a config by arithmetic; exit code 2 where it does not fit, with the cheapest plan that does",
         "dqtrain plan configs/causal.yaml teacher.path=DIR --nodes 2 --gpus 8 --gpu h100\n"
@@ -207,7 +229,21 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument("--gpus", type=_positive, default=8, help="GPUs of a node (default 8)")
     planned.add_argument("--gpu", choices=list(GPUS), default="h100", help="their kind (default h100)")
     planned.add_argument("--json", action="store_true", help="print the same figures as one JSON object, in bytes and seconds")
-    export = command(
+    bench = _command(commands, "bench", "measure on this machine, side by side", "dqtrain bench quantizers")
+    bench.add_argument(
+        "what",
+        choices=["quantizers", "head", "terms", "memory", "checkpoint", "offload", "sharding", "data", "artifact", "export"],
+        help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss; terms: what each adds to a step; "
+        "memory: bytes of real engines beside those of `dqtrain plan` (8 GB, minutes); checkpoint: saving and loading; "
+        "offload: memory with optimizer and weights on a disk; "
+        "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk); data: reading samples, beside other libraries; "
+        "artifact: a packed artifact beside float models, in size, memory and speed; export: memory of exporting 1.5 billion parameters (13 GB of disk)",
+    )
+
+
+def _artifacts(commands: Commands) -> None:
+    export = _command(
+        commands,
         "export",
         "write and verify artifacts of a finished run; all are made of the codes of its packed one",
         "dqtrain export runs/mine --to packed,gguf",
@@ -228,8 +264,9 @@ def _parser() -> argparse.ArgumentParser:
         help="program that a directory of compressed-tensors is laid out for (default: the run's)",
     )
     export.add_argument("--allow-inexact", action="store_true", help="also where a target cannot hold what was trained; by how much is said")
-    side_job(export)
-    weights = command(
+    _side_job(export)
+    weights = _command(
+        commands,
         "weights",
         "take the whole latent weights out of a checkpoint, as a Hugging Face directory; needs no GPU, and memory for one tensor",
         "dqtrain weights runs/mine weights-at-500 --step 500 --dtype bf16",
@@ -238,17 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("out", type=Path, help="directory to make")
     weights.add_argument("--step", type=int, help="step of the checkpoint (default: the newest sound one)")
     weights.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="what they are stored in (default fp32)")
-    bench = command("bench", "measure on this machine, side by side", "dqtrain bench quantizers")
-    bench.add_argument(
-        "what",
-        choices=["quantizers", "head", "terms", "memory", "checkpoint", "offload", "sharding", "data", "artifact", "export"],
-        help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss; terms: what each adds to a step; "
-        "memory: bytes of real engines beside those of `dqtrain plan` (8 GB, minutes); checkpoint: saving and loading; "
-        "offload: memory with optimizer and weights on a disk; "
-        "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk); data: reading samples, beside other libraries; "
-        "artifact: a packed artifact beside float models, in size, memory and speed; export: memory of exporting 1.5 billion parameters (13 GB of disk)",
+    generate = _command(
+        commands, "generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main(" --mode fast'
     )
-    generate = command("generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main(" --mode fast')
     generate.add_argument(
         "model",
         type=Path,
@@ -263,7 +292,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of a packed artifact: exact, as it was trained (default); dense, float activations; fast, torch's integer kernels for CPUs, float activations",
     )
     generate.add_argument("--compare", type=Path, metavar="MODEL", help="let this model, such as the teacher, write too")
-    serving = command(
+    serving = _command(
+        commands,
         "serve",
         "hand an artifact to an existing server with an OpenAI-compatible HTTP interface: llama.cpp's, vLLM's or that of transformers",
         "dqtrain serve runs/mine/artifact/gguf --port 8080\n  dqtrain serve runs/mine/artifact/compressed-tensors -- --max-model-len 1024    flags of the server itself",
@@ -271,7 +301,16 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("model", type=Path, help="GGUF file or its folder, directory of compressed-tensors, packed artifact, or Hugging Face directory")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     serving.add_argument("--port", type=_port, default=8080, help="port (default 8080)")
-    quickstart = command("quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dqtrain", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RAW)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_runs, _corpora, _looks, _artifacts):
+        add(commands)
+    quickstart = _command(
+        commands, "quickstart", "train a small teacher on Python that is on this machine and compress it to 2-2-8", "dqtrain quickstart --ablate"
+    )
     quickstart.add_argument("--ablate", action="store_true", help="also train the student without a teacher, for comparison")
     quickstart.add_argument("--seq2seq", action="store_true", help="an encoder-decoder that says what Python functions do, cut to one decoder layer")
     quickstart.add_argument("--seed", type=int, default=1, help="seed of both runs (default 1); another seed uses another pair of run directories")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -220,100 +220,98 @@ def _show_status(paths: Sequence[Path], is_watched: bool) -> int:
     return 0
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    args = parse(argv)
-    if args.command == "train":
-        config = load_config(args.config, args.overrides)
-        if "RANK" in os.environ:
-            stop_at_once()  # before the seconds that importing torch takes
-            from dqtrain.rank import run_rank
+def _train(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    if "RANK" in os.environ:
+        stop_at_once()  # before the seconds that importing torch takes
+        from dqtrain.rank import run_rank
 
-            return run_rank(config)
-        return train(config, args.ranks)
-    if args.command == "resume":
-        return resume(args.run, args.ranks, args.here, args.new_code)
-    if args.command == "submit":
-        config = load_config(args.config, args.overrides)
-        launch = new_launch(load_site(args.site), args.nodes, args.time)
-        _check_paths(config)
-        print(submit(config, launch, RunDir(config.run.dir.absolute()), args.dry_run))
-        return 0
-    if args.command == "sweep":
-        asked = load_sweep(args.sweep)
-        found = points(asked, args.overrides)
-        for point in found:
-            _check_paths(point.config)
-        if args.here:
-            if args.time is not None:
-                raise ConfigError("--time is for jobs. Leave it out, or give --site instead of --here.")
-            return sweep_here(found, args.ranks or 1, args.dry_run)
-        if args.ranks is not None:
-            raise ConfigError("--ranks is for --here; the ranks of a job are those of the site file, ranks_per_node. Leave it out.")
-        print(submit_sweep(found, new_launch(load_site(args.site), (1, 1), args.time), asked.runs, args.dry_run))
-        return 0
-    if args.command == "status":
-        return _show_status(args.runs, args.watch)
-    if args.command == "logs":
-        status.logs(args.run, args.rank, args.follow)
-        return 0
-    if args.command == "stop":
-        print(status.stop(args.run))
-        return 0
-    if getattr(args, "time", None) is not None and args.site is None:
-        raise ConfigError("--time is for jobs. Leave it out, or give --site.")
-    if getattr(args, "tasks", 1) > 1 and args.site is None:
-        raise ConfigError("--tasks is for jobs. Leave it out, or give --site; here --workers are processes.")
-    if args.command in ("prepare", "eval", "cache-teacher", "export") and args.site is not None:
-        print(_submit_side(args))
-        return 0
-    if args.command == "prepare":
-        from dqtrain.build import prepare_data
+        return run_rank(config)
+    return train(config, args.ranks)
 
-        config = load_config(args.config, args.overrides)
-        _check_paths(config)
-        run = RunDir(config.run.dir)
-        run.claim(config)
-        for split, folders in prepare_data(config, run, _report, args.workers, args.part).items():
-            for folder in folders:
-                print(f"{split}: {folder}")
-        return 0
-    if args.command == "data":
-        return _look(args)
-    if args.command == "quickstart":
-        from dqtrain.quickstart import quickstart
 
-        return quickstart(train, args.seed, args.ablate, args.seq2seq)
-    if args.command == "eval":
-        for path in args.models:
-            scores = _evaluate(hub.fetch(path), args.split, args.data, args.tokens_per_sample, args.config)
-            print(json.dumps({"model": str(path), **scores} if len(args.models) > 1 else scores), flush=True)
-        return 0
-    if args.command == "cache-teacher":
-        return cache_teacher(load_config(args.config, args.overrides), args.ranks)
-    if args.command == "synthesize":
-        from dqtrain.metrics import Phase
-        from dqtrain.synthesize import synthesize
+def _submit(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    launch = new_launch(load_site(args.site), args.nodes, args.time)
+    _check_paths(config)
+    print(submit(config, launch, RunDir(config.run.dir.absolute()), args.dry_run))
+    return 0
 
-        synthesize(model_directory(hub.fetch(args.teacher)), args.out, args.documents, args.tokens, args.seed, args.batch, Phase(f"writing {args.out}"))
-        return 0
-    if args.command == "inspect":
-        from dqtrain.inspect import inspect
 
-        return inspect(hub.fetch(args.model), args.quant, args.config, args.grid, args.group_size, args.json)
-    if args.command == "bench":
-        print(importlib.import_module(f"dqtrain.bench.{args.what}").run())
-        return 0
-    if args.command == "plan":
-        return _plan(load_config(args.config, args.overrides), args.nodes, args.gpus, args.gpu, args.json)
-    if args.command == "weights":
-        return _weights(RunDir(args.run), args.out, args.step, args.dtype)
-    if args.command == "export":
-        return _export(RunDir(args.run), args.to, _given(args))
-    if args.command == "serve":
-        from dqtrain.artifact.serve import serve
+def _sweep(args: argparse.Namespace) -> int:
+    asked = load_sweep(args.sweep)
+    found = points(asked, args.overrides)
+    for point in found:
+        _check_paths(point.config)
+    if args.here:
+        if args.time is not None:
+            raise ConfigError("--time is for jobs. Leave it out, or give --site instead of --here.")
+        return sweep_here(found, args.ranks or 1, args.dry_run)
+    if args.ranks is not None:
+        raise ConfigError("--ranks is for --here; the ranks of a job are those of the site file, ranks_per_node. Leave it out.")
+    print(submit_sweep(found, new_launch(load_site(args.site), (1, 1), args.time), asked.runs, args.dry_run))
+    return 0
 
-        return serve(args.model, args.host, args.port, args.flags)
-    return _generate(hub.fetch(args.model), args.prompt, args.tokens, args.mode, args.compare and hub.fetch(args.compare))
+
+def _logs(args: argparse.Namespace) -> int:
+    status.logs(args.run, args.rank, args.follow)
+    return 0
+
+
+def _stop(args: argparse.Namespace) -> int:
+    print(status.stop(args.run))
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from dqtrain.build import prepare_data
+
+    config = load_config(args.config, args.overrides)
+    _check_paths(config)
+    run = RunDir(config.run.dir)
+    run.claim(config)
+    for split, folders in prepare_data(config, run, _report, args.workers, args.part).items():
+        for folder in folders:
+            print(f"{split}: {folder}")
+    return 0
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from dqtrain.quickstart import quickstart
+
+    return quickstart(train, args.seed, args.ablate, args.seq2seq)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    for path in args.models:
+        scores = _evaluate(hub.fetch(path), args.split, args.data, args.tokens_per_sample, args.config)
+        print(json.dumps({"model": str(path), **scores} if len(args.models) > 1 else scores), flush=True)
+    return 0
+
+
+def _synthesize(args: argparse.Namespace) -> int:
+    from dqtrain.metrics import Phase
+    from dqtrain.synthesize import synthesize
+
+    synthesize(model_directory(hub.fetch(args.teacher)), args.out, args.documents, args.tokens, args.seed, args.batch, Phase(f"writing {args.out}"))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from dqtrain.inspect import inspect
+
+    return inspect(hub.fetch(args.model), args.quant, args.config, args.grid, args.group_size, args.json)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    print(importlib.import_module(f"dqtrain.bench.{args.what}").run())
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from dqtrain.artifact.serve import serve
+
+    return serve(args.model, args.host, args.port, args.flags)
 
 
 def _report(message: str, share: float | None) -> None:
@@ -412,7 +410,7 @@ def _evaluate(path: Path, split: str, data: Sequence[str] | None, tokens_per_sam
     from dqtrain.build import evaluation_stream, writing_of
     from dqtrain.data.prepare import load_tokenizer
     from dqtrain.evaluate import evaluate
-    from dqtrain.models import LanguageModel
+    from dqtrain.models.language import LanguageModel
     from dqtrain.world import init_world
 
     world = init_world()
@@ -476,6 +474,46 @@ def _generate(path: Path, prompt: str, tokens: int, mode: str | None, other: Pat
         loaded = load_artifact(model, mode) if mode and model == path else load_spread(model)
         complete(loaded, run.student if run.config.is_file() else model, prompt, tokens, stream=True)
     return 0
+
+
+SIDE_JOBS = ("prepare", "eval", "cache-teacher", "export")
+"""Commands that are Slurm jobs where `--site` is given."""
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "resume": lambda args: resume(args.run, args.ranks, args.here, args.new_code),
+    "submit": _submit,
+    "sweep": _sweep,
+    "status": lambda args: _show_status(args.runs, args.watch),
+    "logs": _logs,
+    "stop": _stop,
+    "prepare": _prepare,
+    "data": _look,
+    "eval": _eval,
+    "cache-teacher": lambda args: cache_teacher(load_config(args.config, args.overrides), args.ranks),
+    "synthesize": _synthesize,
+    "inspect": _inspect,
+    "plan": lambda args: _plan(load_config(args.config, args.overrides), args.nodes, args.gpus, args.gpu, args.json),
+    "export": lambda args: _export(RunDir(args.run), args.to, _given(args)),
+    "weights": lambda args: _weights(RunDir(args.run), args.out, args.step, args.dtype),
+    "bench": _bench,
+    "generate": lambda args: _generate(hub.fetch(args.model), args.prompt, args.tokens, args.mode, args.compare and hub.fetch(args.compare)),
+    "serve": _serve,
+    "quickstart": _quickstart,
+}
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = parse(argv)
+    if args.command in SIDE_JOBS:
+        if args.site is not None:
+            print(_submit_side(args))
+            return 0
+        if args.time is not None:
+            raise ConfigError("--time is for jobs. Leave it out, or give --site.")
+        if getattr(args, "tasks", 1) > 1:
+            raise ConfigError("--tasks is for jobs. Leave it out, or give --site; here --workers are processes.")
+    return COMMANDS[args.command](args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
