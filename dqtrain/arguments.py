@@ -16,8 +16,8 @@ EXAMPLES = """examples:
   dqtrain train configs/causal.yaml teacher.path=DIR data.train=FILE.jsonl run.dir=runs/mine --ranks 2
   dqtrain resume runs/mine                               continue after Ctrl-C, a kill or a full disk
   dqtrain inspect MODEL --quant 2-2-8                    what it does to a model, before any training
-  dqtrain plan configs/causal.yaml teacher.path=DIR --nodes 2 --gpus 8 --gpu h100    what a run takes, before it costs a GPU hour
-  dqtrain submit configs/causal.yaml --site mysite.yaml --nodes 4 --time 24:00:00 teacher.path=DIR data.train=FILE.jsonl run.dir=runs/mine
+  dqtrain plan configs/causal.yaml teacher.path=DIR train.micro_batch=2 --nodes 2 --gpus 8 --gpu h100    what a run takes, before it costs a GPU hour
+  dqtrain submit configs/causal.yaml --site mysite.yaml --nodes 4 --time 24:00:00 train.micro_batch=1 teacher.path=DIR data.train=FILE.jsonl run.dir=runs/mine
   dqtrain sweep configs/sweeps/example.yaml --here       the same config over a grid of values; as a Slurm array with --site
   dqtrain status runs/mine                               what a run does; logs, stop and resume take the same
   dqtrain eval runs/mine --split validation
@@ -92,7 +92,7 @@ def _runs(commands: Commands) -> None:
         commands,
         "submit",
         "train as a Slurm job, which goes on after time limits, preemptions and lost nodes; what cannot run is refused before it is queued",
-        "dqtrain submit configs/causal.yaml --site slurm/sites/example.yaml --nodes 4 --time 24:00:00 teacher.path=DIR data.train=a.jsonl run.dir=runs/mine",
+        "dqtrain submit configs/causal.yaml --site slurm/sites/example.yaml --nodes 4 --time 24:00:00 train.micro_batch=1 teacher.path=DIR data.train=a.jsonl run.dir=runs/mine",
     )
     queue.add_argument("config", type=Path, help="YAML file")
     queue.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
@@ -104,7 +104,7 @@ def _runs(commands: Commands) -> None:
         commands,
         "sweep",
         "train one config over a grid of values, as a Slurm array with each point on one node, or here; a finished point is not run again",
-        "dqtrain sweep configs/sweeps/example.yaml --site slurm/sites/example.yaml --time 4:00:00\n  dqtrain sweep configs/sweeps/example.yaml --here --ranks 2",
+        "dqtrain sweep configs/sweeps/example.yaml --site slurm/sites/example.yaml --time 4:00:00 train.micro_batch=2\n  dqtrain sweep configs/sweeps/example.yaml --here --ranks 2",
     )
     sweep.add_argument(
         "sweep", type=Path, help="YAML file: config, runs and grid; configs/sweeps/example.yaml explains it. Points of more nodes: `dqtrain submit`"
@@ -122,7 +122,7 @@ def _runs(commands: Commands) -> None:
     logs = _command(commands, "logs", "what a run prints", "dqtrain logs -f runs/mine")
     logs.add_argument("run", type=Path, help="run directory")
     logs.add_argument("-f", dest="follow", action="store_true", help="the end of it, and what is added until the run is finished")
-    logs.add_argument("--rank", type=int, default=0, help="rank (default 0)")
+    logs.add_argument("--rank", type=int, default=0, help="rank (default 0, which of a run that was not submitted printed to its terminal)")
     stopping = _command(commands, "stop", "let a run save and end, or take it out of the queue", "dqtrain stop runs/mine")
     stopping.add_argument("run", type=Path, help="run directory")
 
@@ -147,7 +147,8 @@ def _corpora(commands: Commands) -> None:
     }
     for name, (help, example) in looks.items():
         look = _command(data, name, help, example)
-        look.add_argument("path", type=Path, metavar="DIR", help="folder that prepare made, a folder of several, a run directory, or a YAML file")
+        places = "folder that prepare made; or a folder of several, a run directory or a YAML file" + (" that has one alone" if name == "show" else "")
+        look.add_argument("path", type=Path, metavar="DIR", help=places)
         if name == "show":
             look.add_argument("--sample", type=int, default=0, metavar="N", help="its number in the order of the corpus, from 0 (default 0)")
             look.add_argument("--tokens-per-sample", type=_positive, metavar="T", help="the N-th T tokens of packed text, instead of document N")
@@ -184,7 +185,7 @@ def _looks(commands: Commands) -> None:
         "dqtrain eval MODEL --data test.jsonl\n  dqtrain eval runs/sweep/* --split test --site slurm/sites/example.yaml --time 1:00:00",
     )
     evaluate.add_argument(
-        "models", nargs="+", type=Path, metavar="MODEL", help="run directory, Hugging Face directory or hub id hf:NAME@COMMIT, or packed artifact"
+        "models", nargs="+", type=Path, metavar="MODEL", help="run directory, Hugging Face directory (also of compressed-tensors), hub id hf:NAME@COMMIT, or packed artifact"
     )
     evaluate.add_argument("--split", choices=SPLITS, default="validation", help="split of the run's data (default validation)")
     evaluate.add_argument(
@@ -209,7 +210,7 @@ def _looks(commands: Commands) -> None:
         "model", type=Path, help="Hugging Face directory (a config.json alone gives coverage and bytes), hub id hf:NAME@COMMIT, or finished run"
     )
     how = inspect.add_mutually_exclusive_group()
-    how.add_argument("--quant", metavar="W-E-A", help="bits of linears, word embeddings and activations: 1, ternary, 2, 3, 4, 8; 32 is float")
+    how.add_argument("--quant", metavar="W-E-A", help="bits of linears and word embeddings: 1, ternary, 2, 3, 4, 8, or 32, float; of activations: 4, 8, or 16 or 32, float")
     how.add_argument("--config", type=Path, metavar="YAML", help="take the quant block of this config instead")
     inspect.add_argument(
         "--grid", action="append", default=[], help=f"grid of linears and embeddings, may be repeated: {', '.join(BITS_OF_GRID)} (default dynamic)"
@@ -220,7 +221,7 @@ def _looks(commands: Commands) -> None:
         commands,
         "plan",
         "memory per GPU, traffic, step time and checkpoints of a config by arithmetic; exit code 2 where it does not fit, with the cheapest plan that does",
-        "dqtrain plan configs/causal.yaml teacher.path=DIR --nodes 2 --gpus 8 --gpu h100\n"
+        "dqtrain plan configs/causal.yaml teacher.path=DIR train.micro_batch=2 --nodes 2 --gpus 8 --gpu h100\n"
         "  dqtrain plan configs/causal.yaml teacher.path=DIR train.micro_batch=1 zero.student=3 --gpu a100-40 --json",
     )
     planned.add_argument("config", type=Path, help="YAML file; of its models config.json is read, and the headers of safetensors files if they are there")
@@ -236,8 +237,8 @@ def _looks(commands: Commands) -> None:
         help="quantizers: speed of a weight's way through one, and the error of every grid; head: a large vocabulary's loss; terms: what each adds to a step; "
         "memory: bytes of real engines beside those of `dqtrain plan` (8 GB, minutes); checkpoint: saving and loading; "
         "offload: memory with optimizer and weights on a disk; "
-        "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk); data: reading samples, beside other libraries; "
-        "artifact: a packed artifact beside float models, in size, memory and speed; export: memory of exporting 1.5 billion parameters (13 GB of disk)",
+        "sharding: 1.5 billion parameters on 2 ranks (20 GB of memory and of disk); data: reading samples, beside other libraries, and preparing; "
+        "artifact: artifacts beside float models and other runtimes, in size, memory and speed; export: memory of exporting 1.5 billion parameters (13 GB of disk)",
     )
 
 

@@ -557,7 +557,8 @@ class Export(Block):
     compressed_tensors: Literal["transformers", "vllm"] = "transformers"
     """Which program a directory of compressed-tensors is laid out for; each reads some of what the other does not."""
     allow_inexact: bool = False
-    """Whether a target may hold a weight otherwise than it was trained (GGUF: fp32 scales rounded to fp16; weights that a target has no codes for as floats), or be noisier."""
+    """Whether a target may hold a student otherwise than it was trained (GGUF: fp32 scales rounded to fp16; compressed-tensors: activations that its program does not run as floats;
+    all: weights that they have no codes for as floats), or be noisier."""
 
 
 class Log(Block):

@@ -66,7 +66,7 @@ class RuntimeTarget(Protocol):
         ...
 
     def as_shipped(self, folder: Path, longest: int) -> AbstractContextManager[Runner]:
-        """The program on the files as they are."""
+        """The program on the files as they are; where it has an environment of its own, the nearest thing, which `program` names."""
         ...
 
     def foretold_bytes(self, float_shapes: Sequence[tuple[int, ...]]) -> int:

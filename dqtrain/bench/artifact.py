@@ -210,7 +210,7 @@ def _ask(process: subprocess.Popen[str], word: str = "") -> dict[str, Any]:
 
 
 def _prepare(folder: Path, layers: int, width: int, vocabulary: int) -> None:
-    """The folders of RUNTIMES: students of 2 (ternary), 4 and 8 bits and one whose matrices stay float, packed and as GGUF files; the first one's values as floats."""
+    """The folders of RUNTIMES: students of 2 (ternary), 4 and 8 bits and one whose matrices stay float, packed, as GGUF files and as graphs; the first one's values as floats."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
