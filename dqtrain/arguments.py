@@ -185,7 +185,11 @@ def _looks(commands: Commands) -> None:
         "dqtrain eval MODEL --data test.jsonl\n  dqtrain eval runs/sweep/* --split test --site slurm/sites/example.yaml --time 1:00:00",
     )
     evaluate.add_argument(
-        "models", nargs="+", type=Path, metavar="MODEL", help="run directory, Hugging Face directory (also of compressed-tensors), hub id hf:NAME@COMMIT, or packed artifact"
+        "models",
+        nargs="+",
+        type=Path,
+        metavar="MODEL",
+        help="run directory, Hugging Face directory (also of compressed-tensors), hub id hf:NAME@COMMIT, or packed artifact",
     )
     evaluate.add_argument("--split", choices=SPLITS, default="validation", help="split of the run's data (default validation)")
     evaluate.add_argument(
@@ -210,7 +214,9 @@ def _looks(commands: Commands) -> None:
         "model", type=Path, help="Hugging Face directory (a config.json alone gives coverage and bytes), hub id hf:NAME@COMMIT, or finished run"
     )
     how = inspect.add_mutually_exclusive_group()
-    how.add_argument("--quant", metavar="W-E-A", help="bits of linears and word embeddings: 1, ternary, 2, 3, 4, 8, or 32, float; of activations: 4, 8, or 16 or 32, float")
+    how.add_argument(
+        "--quant", metavar="W-E-A", help="bits of linears and word embeddings: 1, ternary, 2, 3, 4, 8, or 32, float; of activations: 4, 8, or 16 or 32, float"
+    )
     how.add_argument("--config", type=Path, metavar="YAML", help="take the quant block of this config instead")
     inspect.add_argument(
         "--grid", action="append", default=[], help=f"grid of linears and embeddings, may be repeated: {', '.join(BITS_OF_GRID)} (default dynamic)"

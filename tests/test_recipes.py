@@ -9,13 +9,16 @@ import torch
 import yaml
 from families import FAMILIES, cut_copy, whole_student
 
-from dqtrain.config import PASSIVE, load_config
+from dqtrain.arguments import parse
+from dqtrain.config import PASSIVE, check_ranks, load_config
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.engine import _parameter_groups
 from dqtrain.models.language import Inputs, LanguageModel, Taught
 from dqtrain.models.layers import LayerMaps, all_layers, layer_map
 from dqtrain.models.making import load_model
 from dqtrain.quant.modules import quantize_model
+from launch.site import load_site
+from launch.sweep import load_sweep, points
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path for pattern in ("quantgpt-*", "quantbart-*", "dq-bart-*") for path in (ROOT / "configs").glob(f"{pattern}.yaml"))
@@ -194,3 +197,25 @@ def test_recipes_are_complete_in_themselves():
         for name, block in tree["distill"].items():
             if isinstance(block, dict) and name == "contrast":
                 assert set(block) == set(type(config.distill.contrast).model_fields), path.name
+
+
+SHOWN = re.compile(r"dqtrain ((?:plan|submit|train|sweep) configs/\S+\.yaml[^#\\\[\n]*)")
+
+
+def test_every_command_that_is_shown_has_work_for_all_of_its_ranks():
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.yaml"), ROOT / "README.md", ROOT / "dqtrain/arguments.py"]
+    shown = {
+        re.split(r'  |\\n|"', match[1].replace("configs/mine", "configs/causal").replace("mysite.yaml", "slurm/sites/example.yaml"))[0]
+        for page in pages
+        for match in SHOWN.finditer(page.read_text())
+    }
+    commands = [parse(line.replace(" ...", "").split()) for line in sorted(shown)]
+    assert {args.command for args in commands} == {"plan", "submit", "train", "sweep"}
+    for args in commands:
+        overrides = [word for word in args.overrides if word.startswith("train.")]
+        file = ROOT / (args.sweep if args.command == "sweep" else args.config)
+        configs = [point.config for point in points(load_sweep(file), overrides)] if args.command == "sweep" else [load_config(file, overrides)]
+        nodes = {"plan": lambda args: args.nodes, "submit": lambda args: args.nodes[1]}.get(args.command, lambda args: 1)(args)
+        of_a_node = args.gpus if args.command == "plan" else load_site(ROOT / args.site).ranks if getattr(args, "site", None) else args.ranks or 1
+        for config in configs:
+            check_ranks(config.train, nodes * of_a_node)
