@@ -18,7 +18,7 @@ from dqtrain.config import Export
 from dqtrain.errors import ConfigError
 from dqtrain.models.making import model_class
 from dqtrain.quant.activation import BLOCKS, ActivationQuantizer
-from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
+from dqtrain.quant.grid import WeightQuantizer
 from dqtrain.quant.modules import Coverage, CoverageRow
 
 TYPES_OF_FLOATS = {torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -74,8 +74,8 @@ class Placement(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of its floats: a snapped scale has the 8 significant bits of bf16, so that its multiples by up to 2, a power, have them too."""
-        low, high = _integers(self.quantizer)
-        return torch.bfloat16 if self.quantizer.portable and _is_symmetric(self.quantizer) and max(-low, high) <= 2 else torch.float32
+        low, high = self.quantizer.levels.integers
+        return torch.bfloat16 if self.quantizer.portable and not self.quantizer.has_zero_points and max(-low, high) <= 2 else torch.float32
 
     @property
     def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -112,20 +112,10 @@ def stored_inputs(module: str, inputs: ActivationQuantizer | None) -> dict[str, 
     return {f"{module}.input_scale": (torch.float32, (1,)), **zero_point}
 
 
-def _is_symmetric(quantizer: WeightQuantizer) -> bool:
-    return not isinstance(GRIDS[quantizer.grid], MinMaxAffine)
-
-
-def _integers(quantizer: WeightQuantizer) -> tuple[int, int]:
-    """Least and largest of what is stored for a code."""
-    levels = quantizer.levels
-    return (2 * levels.low + 1, 2 * levels.high + 1) if levels.offset else (levels.low, levels.high)
-
-
 def _scheme(quantizer: WeightQuantizer, inputs: ActivationQuantizer | None = None) -> Scheme:
     """The least bits that hold a grid. Every one fits in 8."""
-    low, high = _integers(quantizer)
-    return Scheme(1 + max((-low - 1).bit_length(), high.bit_length()), _is_symmetric(quantizer), quantizer.group_size, inputs)
+    low, high = quantizer.levels.integers
+    return Scheme(1 + max((-low - 1).bit_length(), high.bit_length()), not quantizer.has_zero_points, quantizer.group_size, inputs)
 
 
 @dataclass(frozen=True)
@@ -242,7 +232,7 @@ def _dequantized(rows: list[CoverageRow], linears: list[CoverageRow], has_inputs
 def _conv1d_problem(quantizer: WeightQuantizer) -> str | None:
     if quantizer.row_axis == 1 and quantizer.granularity == "per_group":
         return "codes of Conv1D are [inputs, outputs] for transformers, where groups of inputs are no neighbours; train per_row, or set export.compressed_tensors to vllm"
-    if quantizer.row_axis == 1 and quantizer.granularity == "per_row" and not _is_symmetric(quantizer):
+    if quantizer.row_axis == 1 and quantizer.granularity == "per_row" and quantizer.has_zero_points:
         return "zero points of rows have no place where codes of Conv1D are [inputs, outputs]; train a symmetric grid, or set export.compressed_tensors to vllm"
     return None
 

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dqtrain.artifact.format import PackedTensors
 from dqtrain.errors import ConfigError
-from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
+from dqtrain.quant.grid import WeightQuantizer
 from dqtrain.quant.pack import layout, unpack
 
 ROWS = 16
@@ -149,7 +149,7 @@ def kernel_group(name: str, quantizer: WeightQuantizer, inputs: int) -> int:
     size = quantizer.group_size or inputs
     group = next((group for group in GROUPS if size % group == 0), 0)
     wide = quantizer.levels.count > 16
-    if wide and (quantizer.group_size or isinstance(GRIDS[quantizer.grid], MinMaxAffine)):
+    if wide and (quantizer.group_size or quantizer.has_zero_points):
         raise _refusal(name, f"8-bit codes {'in groups' if quantizer.group_size else 'with zero points'} fit no kernel")
     if group and not wide:
         return group

@@ -31,7 +31,7 @@ from dqtrain.artifact import description
 from dqtrain.artifact.size import float_part, layout_of, stored_tensors
 from dqtrain.errors import CheckpointError
 from dqtrain.files import write_text
-from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
+from dqtrain.quant.grid import WeightQuantizer
 from dqtrain.quant.modules import Coverage, QuantizedParameter, float_bytes, quantized_parameters, values_of
 from dqtrain.quant.pack import pack, packed_bytes, unpack
 from dqtrain.tensor_file import Layout, MappedFiles, write_model_files
@@ -79,7 +79,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def keys_of(name: str, quantizer: WeightQuantizer) -> list[str]:
     """Under which a weight's codes, scales and, on affine grids, zero points are stored."""
-    return [name, f"{name}.scale"] + [f"{name}.zero_point"] * isinstance(GRIDS[quantizer.grid], MinMaxAffine)
+    return [name, f"{name}.scale"] + [f"{name}.zero_point"] * quantizer.has_zero_points
 
 
 class Stored(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
+from dqtrain.quant.grid import WeightQuantizer
 
 
 class Rows(NamedTuple):
@@ -149,9 +149,7 @@ def fit(quantizer: WeightQuantizer, columns: int, fastest: bool = False) -> Fit:
 def _range(quantizer: WeightQuantizer) -> tuple[int, int]:
     """Least and largest integer of a grid."""
     levels = quantizer.levels
-    if isinstance(GRIDS[quantizer.grid], MinMaxAffine):  # its zero point is one of its codes
-        return levels.low - levels.high, levels.high - levels.low
-    return (2 * levels.low + 1, 2 * levels.high + 1) if levels.offset else (levels.low, levels.high)
+    return (levels.low - levels.high, levels.high - levels.low) if quantizer.has_zero_points else levels.integers
 
 
 def _holds(name: str, quantizer: WeightQuantizer) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dqtrain.artifact.ggml_blocks import Rows
-from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
+from dqtrain.quant.grid import WeightQuantizer
 
 WIDTHS = (2, 4, 8)
 """Bits that the two operators know."""
@@ -51,18 +51,13 @@ class Fit:
         return self.num_blocks(columns) * self.block * self.bits // 8
 
 
-def is_affine(quantizer: WeightQuantizer) -> bool:
-    """Whether a grid has zero points."""
-    return isinstance(GRIDS[quantizer.grid], MinMaxAffine)
-
-
 def fit(quantizer: WeightQuantizer, columns: int) -> Fit:
     """The smallest digits and largest blocks that hold a grid on rows of `columns` inputs, from the grid alone."""
     levels, group = quantizer.levels, quantizer.group_size
-    if is_affine(quantizer):
+    if quantizer.has_zero_points:
         bits = next(width for width in WIDTHS if levels.count <= 2**width)
     else:
-        low, high = (2 * levels.low + 1, 2 * levels.high + 1) if levels.offset else (levels.low, levels.high)
+        low, high = levels.integers
         bits = next(width for width in WIDTHS if -(2 ** (width - 1)) <= low and high < 2 ** (width - 1))
     natural = math.ceil(math.log2(levels.count))
     stored = (
@@ -91,7 +86,7 @@ def parts(quantizer: WeightQuantizer, found: Fit, shape: tuple[int, int], is_tab
     row_bytes = found.row_bytes(columns)
     digits = (rows, row_bytes) if is_table else (rows, blocks, row_bytes // blocks)
     stored: dict[str, tuple[Any, tuple[int, ...]]] = {"": (np.uint8, digits), ".scale": (scale, num_scales)}
-    if is_affine(quantizer):
+    if quantizer.has_zero_points:
         stored[".zero_point"] = (np.uint8, (rows, math.ceil(blocks * found.bits / 8)))
     return stored
 
@@ -100,7 +95,7 @@ def pack(rows: Rows, quantizer: WeightQuantizer, found: Fit) -> dict[str, np.nda
     """The arrays that `parts` lists for a weight that blocks hold, digits as [outputs, bytes]."""
     num_rows, columns = rows.integers.shape
     blocks = found.num_blocks(columns)
-    zero = -rows.low if is_affine(quantizer) else np.full((1, 1), 2 ** (found.bits - 1), np.int16)
+    zero = -rows.low if quantizer.has_zero_points else np.full((1, 1), 2 ** (found.bits - 1), np.int16)
     digits = np.zeros((num_rows, blocks * found.block), np.uint8)
     digits[:, :columns] = rows.integers + np.repeat(zero, columns // zero.shape[1], 1)
     listed = parts(quantizer, found, (num_rows, columns))

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from dqtrain.artifact.description import describe
-from dqtrain.quant.grid import GRIDS, MinMaxAffine
 from dqtrain.quant.modules import Coverage, is_learned_scale, latent_heads, quantized_parameters, rounded_parameters
 from dqtrain.quant.pack import packed_bytes
 from dqtrain.tensor_file import Layout, file_bytes, index_text, model_files
@@ -105,7 +104,7 @@ def stored_tensors(coverage: Coverage, floats: FloatPart) -> list[StoredTensor]:
             continue
         tensors.append(StoredTensor(row.name, torch.uint8, (packed_bytes(row.numel, quantizer.levels),)))
         tensors.append(StoredTensor(f"{row.name}.scale", torch.float16 if quantizer.portable else torch.float32, (row.num_scales,)))
-        if isinstance(GRIDS[quantizer.grid], MinMaxAffine):  # the grids that have zero points
+        if quantizer.has_zero_points:
             tensors.append(StoredTensor(f"{row.name}.zero_point", torch.int8, (row.num_scales,)))
     return tensors
 

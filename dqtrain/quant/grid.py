@@ -55,6 +55,11 @@ class Levels:
         """Largest magnitude of a level where the zero point is 0."""
         return max(abs(self.low + self.offset), abs(self.high + self.offset))
 
+    @property
+    def integers(self) -> tuple[int, int]:
+        """Least and largest level as integers where the zero point is 0: of scales, or of half scales where there is an offset."""
+        return (2 * self.low + 1, 2 * self.high + 1) if self.offset else (self.low, self.high)
+
 
 class Scales(NamedTuple):
     """What turns weights into codes and back, each flat [scales]; constants to autograd."""
@@ -387,6 +392,11 @@ class WeightQuantizer:
     def learned(self) -> tuple[str, ...]:
         """Names of what is learned."""
         return GRIDS[self.grid].learned
+
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether each scale has a zero point, which is one of its codes."""
+        return isinstance(GRIDS[self.grid], MinMaxAffine)
 
     @property
     def blocks(self) -> Blocks:
