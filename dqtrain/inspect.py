@@ -31,7 +31,7 @@ from dqtrain.errors import ConfigError, DataError
 from dqtrain.models.making import empty_model, read_model_config
 from dqtrain.quant.diagnose import SHADES, Homogeneity, relative, similarity_picture, weight_statistics
 from dqtrain.quant.grid import compute
-from dqtrain.quant.modules import Coverage, CoverageRow, is_learned_scale, quantize_model
+from dqtrain.quant.modules import Coverage, CoverageRow, quantize_model
 from dqtrain.quant.scale import initial_learned
 from dqtrain.rundir import RunDir
 
@@ -247,8 +247,7 @@ def sizes(source: Source, columns: list[Column]) -> dict[str, Any]:
             "total": figures(paper.total),
             "with_row_scales": figures(paper.total_with_row_scales),
         }
-        activations = column.quant.activations.model_dump() if column.quant.activations else None
-        ours = artifact_bytes(column.coverage, column.floats, export_about(column.coverage, activations))
+        ours = artifact_bytes(column.coverage, column.floats, export_about(column.coverage, column.quant))
         result["artifact"][column.label] = {"model.safetensors": figures(ours.weights), "artifact.json": ours.description, "total": figures(ours.total)}
     with contextlib.suppress(DataError):  # there is none
         result["tokenizer_bytes"] = sum(file.stat().st_size for file in tokenizer_files(source.tokenizer))
@@ -466,11 +465,10 @@ def inspect(
 
 def targets(source: Source, columns: list[Column], asked: Export) -> dict[str, list[str]]:
     """What the other targets of a config hold of each way: by its label, one line for each thing to know. Raises ConfigError for a model that one does not run."""
-    shapes = {column.label: [t.shape for t in column.floats.tensors if not is_learned_scale(t.name)] for column in columns}
     found: dict[str, list[str]] = {column.label: [] for column in columns}
     for target in [target for target in asked.targets or () if target in RUNTIMES]:
         for column in columns:
-            found[column.label] += RUNTIMES[target].describe(column.quant, source.model.config, column.coverage, shapes[column.label], asked)
+            found[column.label] += RUNTIMES[target].describe(column.quant, source.model.config, column.coverage, column.floats.shapes, asked)
     return {label: lines for label, lines in found.items() if lines}
 
 

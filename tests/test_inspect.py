@@ -125,8 +125,7 @@ def test_figures_of_every_family(capsys, folders, family):
         words[grid], words["float"] = served[table], weights[table]
         assert found["coverage"][grid] == json.loads(coverage.to_json())
         (path.parent / f"{family}-{grid}").mkdir(exist_ok=True)
-        activations = shorthand("2-4-8").activations.model_dump()
-        format.write(model, path.parent / f"{family}-{grid}", export_about(coverage, activations))
+        format.write(model, path.parent / f"{family}-{grid}", export_about(coverage, shorthand("2-4-8")))
         sizes = [(path.parent / f"{family}-{grid}" / name).stat().st_size for name in ("model.safetensors", "artifact.json")]
         ours = found["sizes"]["artifact"][grid]
         assert [ours["model.safetensors"]["bytes"], ours["artifact.json"]] == sizes

@@ -20,6 +20,7 @@ from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
 from dqtrain.artifact.load import trained_in_files
 from dqtrain.artifact.pretrained import name_in_config
+from dqtrain.artifact.size import export_about
 from dqtrain.artifact.target import RuntimeTarget
 from dqtrain.config import Export, Quant, RunConfig, Target
 from dqtrain.data.stream import AnyStream
@@ -153,9 +154,7 @@ def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig
     assert config.quant is not None
     with _published(run, "packed") as partial:
         _copy_student(run, partial)
-        activations = config.quant.activations.model_dump() if config.quant.activations else None
-        about = {"activations": activations, "checkpoint": folder.name, "coverage": json.loads(run.coverage.read_text())}
-        format.write(model, partial, about)
+        format.write(model, partial, export_about(_coverage(run), config.quant, folder.name))
         name_in_config(partial, type(meta_model(run.student)).__name__)
         return _figures(run, "packed", model, partial, _weights_bytes(partial), parity.verify(model, partial), scores)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dqtrain.artifact import description
-from dqtrain.artifact.size import float_part, layout_of, stored_tensors
+from dqtrain.artifact.size import float_part, layout_of
 from dqtrain.errors import CheckpointError
 from dqtrain.files import write_text
 from dqtrain.quant.grid import WeightQuantizer
@@ -43,8 +43,7 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any]) -> None:
 
     `about` is what artifact.json says besides, among it, under `coverage`, the rows of `Coverage.to_json`.
     """
-    floats = float_part(model)
-    layout = layout_of(stored_tensors(Coverage.from_json(json.dumps(about["coverage"])), floats))
+    layout = layout_of(Coverage.from_json(json.dumps(about["coverage"])), float_part(model))
     files = write_model_files(folder, layout, _tensors(model, layout))
     write_text(folder / "artifact.json", description.describe(files, float_bytes(model), about))
 

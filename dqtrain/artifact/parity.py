@@ -248,7 +248,7 @@ def _verify_tokenizer(folder: Path, packed: Path, target: RuntimeTarget, samples
 
 def _verify_size(folder: Path, target: RuntimeTarget, trained: PreTrainedModel) -> dict[str, int]:
     """Bytes of the files against those that shapes alone foretell."""
-    expected = target.foretold_bytes([tensor.shape for tensor in float_part(trained).tensors if not is_learned_scale(tensor.name)])
+    expected = target.foretold_bytes(float_part(trained).shapes)
     stored = target.stored_bytes(folder)
     if stored["tensors"] != expected:
         raise CheckpointError(f"{folder}: its tensors take {stored['tensors']} bytes, but {expected} were foretold. Report this as a bug.")

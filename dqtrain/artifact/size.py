@@ -7,7 +7,7 @@ per word besides. `artifact_bytes` predicts what `format.write` will write, to t
 
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dqtrain.artifact.description import describe
+from dqtrain.config import Quant
 from dqtrain.quant.modules import Coverage, is_learned_scale, latent_heads, quantized_parameters, rounded_parameters
 from dqtrain.quant.pack import packed_bytes
 from dqtrain.tensor_file import Layout, file_bytes, index_text, model_files
@@ -23,25 +24,16 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a safetensors file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its values."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
 class FloatPart:
     """What a quantized model keeps as floats."""
 
-    tensors: list[StoredTensor]  # parameters, learned activation steps and buffers, as the artifact stores them
+    tensors: Layout  # parameters, learned activation steps and buffers, as the artifact stores them
     other_elements: int  # elements of the float model that Coverage does not list: norms and biases
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of those that other programs store too: all but learned steps."""
+        return [tuple(shape) for name, (_, shape) in self.tensors.items() if not is_learned_scale(name)]
 
 
 def float_part(model: nn.Module, nonzero_buffers: Collection[str] = ()) -> FloatPart:
@@ -50,10 +42,10 @@ def float_part(model: nn.Module, nonzero_buffers: Collection[str] = ()) -> Float
     in_codes = {*quantized, *(f"{name}_{learned}" for name, quantizer in quantized.items() for learned in quantizer.learned)}
     rounded, state = rounded_parameters(model), model.state_dict()
     floats = [(name, parameter) for name, parameter in model.named_parameters() if name not in in_codes] + list(latent_heads(model))
-    tensors = [StoredTensor(name, torch.bfloat16 if name in rounded else parameter.dtype, tuple(parameter.shape)) for name, parameter in floats]
+    tensors = {name: (torch.bfloat16 if name in rounded else parameter.dtype, tuple(parameter.shape)) for name, parameter in floats}
     for name, buffer in model.named_buffers():
         if name in state and (name in nonzero_buffers if buffer.is_meta else bool(buffer.any())):
-            tensors.append(StoredTensor(name, buffer.dtype, tuple(buffer.shape)))
+            tensors[name] = buffer.dtype, tuple(buffer.shape)
     vectors = [p.numel() for name, p in model.named_parameters() if p.ndim < 2 and not is_learned_scale(name)]
     return FloatPart(tensors, sum(vectors))
 
@@ -95,23 +87,18 @@ def paper_bytes(coverage: Coverage, other_elements: int) -> PaperBytes:
     return PaperBytes(**{kind: math.ceil(total / 8) for kind, total in bits.items()}, row_scales=4 * words)
 
 
-def stored_tensors(coverage: Coverage, floats: FloatPart) -> list[StoredTensor]:
+def layout_of(coverage: Coverage, floats: FloatPart) -> Layout:
     """The tensors of the artifact: those that stay float, and then each weight's, side by side."""
-    tensors = list(floats.tensors)
+    tensors = dict(floats.tensors)
     for row in coverage.rows:
         quantizer = row.quantizer
         if quantizer is None:
             continue
-        tensors.append(StoredTensor(row.name, torch.uint8, (packed_bytes(row.numel, quantizer.levels),)))
-        tensors.append(StoredTensor(f"{row.name}.scale", torch.float16 if quantizer.portable else torch.float32, (row.num_scales,)))
+        tensors[row.name] = torch.uint8, (packed_bytes(row.numel, quantizer.levels),)
+        tensors[f"{row.name}.scale"] = torch.float16 if quantizer.portable else torch.float32, (row.num_scales,)
         if quantizer.has_zero_points:
-            tensors.append(StoredTensor(f"{row.name}.zero_point", torch.int8, (row.num_scales,)))
+            tensors[f"{row.name}.zero_point"] = torch.int8, (row.num_scales,)
     return tensors
-
-
-def layout_of(tensors: Iterable[StoredTensor]) -> Layout:
-    """What a file of these tensors is written from."""
-    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
 
 
 @dataclass(frozen=True)
@@ -132,13 +119,14 @@ def artifact_bytes(coverage: Coverage, floats: FloatPart, about: dict[str, Any])
 
     config.json, parity.json, README.md and the tokenizer, which lie beside these files, are not in it.
     """
-    parts = model_files(layout_of(stored_tensors(coverage, floats)))
+    parts = model_files(layout_of(coverage, floats))
     sizes = {name: file_bytes(part) for name, part in parts.items()} | {name: len(text.encode()) for name, text in index_text(parts).items()}
     fp32_bytes = 4 * num_elements(coverage, floats.other_elements)
     description = describe({name: (size, "0" * 32) for name, size in sizes.items()}, fp32_bytes, about)
     return ArtifactBytes(sum(sizes.values()), len(description.encode()))
 
 
-def export_about(coverage: Coverage, activations: dict[str, Any] | None) -> dict[str, Any]:
-    """The `about` of `export.export`, but for the step in the name of the checkpoint."""
-    return {"activations": activations, "checkpoint": "step-000000000", "coverage": json.loads(coverage.to_json())}
+def export_about(coverage: Coverage, quant: Quant, checkpoint: str = "step-000000000") -> dict[str, Any]:
+    """What artifact.json says besides; without a checkpoint, of one whose name is as long."""
+    activations = quant.activations and quant.activations.model_dump()
+    return {"activations": activations, "checkpoint": checkpoint, "coverage": json.loads(coverage.to_json())}

@@ -240,7 +240,7 @@ def _prepare(folder: Path, layers: int, width: int, vocabulary: int) -> None:
         packed = folder / f"packed {name}"
         load_tokenizer(folder / "tokenizer").save_pretrained(packed)
         config.save_pretrained(packed)
-        format.write(model, packed, export_about(coverage, quant.activations.model_dump() if quant.activations else None))
+        format.write(model, packed, export_about(coverage, quant))
         name_in_config(packed, type(model).__name__)
         with format.PackedTensors(packed, format.read_description(packed)) as tensors:
             made: list[tuple[str, RuntimeTarget]] = [

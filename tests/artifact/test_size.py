@@ -13,9 +13,9 @@ from dqtrain.artifact.size import (
     artifact_bytes,
     export_about,
     float_part,
+    layout_of,
     num_elements,
     paper_bytes,
-    stored_tensors,
 )
 from dqtrain.config import Quant
 from dqtrain.quant.modules import float_bytes, quantize_model
@@ -63,7 +63,7 @@ def on_meta(make, quant, rounded=False):
 
 
 def about(quant, coverage):
-    return {**export_about(coverage, quant.activations.model_dump() if quant.activations else None), "checkpoint": "step-000001234"}
+    return export_about(coverage, quant, "step-000001234")
 
 
 def written(model, coverage, quant, folder):
@@ -94,7 +94,7 @@ def check(make, quant, folder, rounded=False):
     assert float_part(model) == floats
     header = (folder / "model.safetensors").read_bytes()
     header = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
-    assert {tensor.name for tensor in stored_tensors(predicted_coverage, floats)} == header.keys() - {"__metadata__"}
+    assert layout_of(predicted_coverage, floats).keys() == header.keys() - {"__metadata__"}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -117,7 +117,7 @@ def test_mixed_settings_and_learned_activation_steps(tmp_path, family, kept, oth
     with torch.device("meta"):
         model = FAMILIES[family]()
         quantize_model(model, quant, initialise=False)
-    assert any(tensor.name.endswith("step") for tensor in float_part(model).tensors)
+    assert any(name.endswith("step") for name in float_part(model).tensors)
 
 
 def test_buffers_that_are_not_zero_are_stored(tmp_path):
