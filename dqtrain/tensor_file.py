@@ -50,6 +50,9 @@ INDEX = "model.safetensors.index.json"
 MAPPED_BYTES = 2**26
 """What is read of files before they are closed: until then pages of a mapped file count as memory of the process."""
 
+PART_BYTES = 2**26
+"""What is read of a tensor of floats at a time, so that the file's pages do not fill the memory."""
+
 _BLOCK = 1 << 22
 
 Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
@@ -176,6 +179,14 @@ class MappedFiles:
             self._opened[path] = safe_open(path, "pt")
         return self._opened[path]
 
+    def places(self, paths: Iterable[Path]) -> dict[str, Path]:
+        """Tensor -> the file that holds it."""
+        return {name: path for path in paths for name in self.open(path).keys()}  # noqa: SIM118 - no dict
+
+    def shape(self, path: Path, name: str) -> tuple[int, ...]:
+        """A tensor's."""
+        return tuple(self.open(path).get_slice(name).get_shape())
+
     def read(self, path: Path, name: str) -> Tensor:
         """A tensor."""
         tensor = self.open(path).get_tensor(name)
@@ -187,6 +198,19 @@ class MappedFiles:
         part = self.open(path).get_slice(name)[start:stop]
         self._read += part.nbytes
         return part
+
+    def fill(self, path: Path, name: str, start: int, out: Tensor) -> None:
+        """Copy elements start, start + 1, ... of a flattened tensor into a vector: the rows that hold them are read, and no others."""
+        shape = self.shape(path, name)
+        if not shape:
+            out.copy_(self.read(path, name).reshape(1))
+            return
+        inner, end = math.prod(shape[1:]), start + out.numel()
+        step = max(1, PART_BYTES // (4 * inner)) * inner
+        for begin in range(start // inner * inner, end, step):
+            low, high = max(begin, start), min(begin + step, end)
+            part = self.read_part(path, name, begin // inner, -(-high // inner))
+            out[low - start : high - start].copy_(part.reshape(-1)[low - begin : high - begin])
 
     def close(self) -> None:
         """Take the pages of the files out of memory."""

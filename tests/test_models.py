@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, BertModel, BloomConfig, Gemma2Config, Gemma2ForCausalLM, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from dqtrain import tensor_file
 from dqtrain.config import ActivationQuant, Data, Pairs, Quant, WeightQuant
 from dqtrain.data.stream import Batch
 from dqtrain.engine import materialise
 from dqtrain.errors import ConfigError, DataError
-from dqtrain.models import weights
 from dqtrain.models.checks import check_confined, check_length, check_vocabulary
 from dqtrain.models.language import HeadLinear, Inputs, LanguageModel, inputs_of
 from dqtrain.models.layers import DQ_BART_MAPS, LayerMaps, all_layers, layer_map
@@ -498,14 +498,14 @@ def test_a_slice_is_read_alone(folder_of_tensors, data):
     start = data.draw(st.integers(0, flat.numel() - 1))
     out = torch.empty(data.draw(st.integers(1, flat.numel() - start)), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "_ROWS_BYTES", data.draw(st.sampled_from([1, 20, 50, 1000])))
-        weights._read_slice(MappedFiles(), folder / "model.safetensors", name, tuple(tensors[name].shape), start, out)
+        patch.setattr(tensor_file, "PART_BYTES", data.draw(st.sampled_from([1, 20, 50, 1000])))
+        MappedFiles().fill(folder / "model.safetensors", name, start, out)
     assert torch.equal(out, flat[start : start + len(out)].double())
 
 
 @pytest.fixture(scope="module")
 def folder_of_tensors(tmp_path_factory):
-    shapes = {"vector": (7,), "one": (1,), "matrix": (5, 6), "experts": (3, 4, 5), "column": (9, 1)}
+    shapes = {"vector": (7,), "one": (1,), "matrix": (5, 6), "experts": (3, 4, 5), "column": (9, 1), "number": ()}
     tensors = {name: torch.randn(shape).to(dtype) for (name, shape), dtype in zip(shapes.items(), [torch.bfloat16, torch.float32] * 3, strict=False)}
     folder = tmp_path_factory.mktemp("tensors")
     save_file(tensors, folder / "model.safetensors")

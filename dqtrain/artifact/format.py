@@ -123,7 +123,7 @@ class PackedTensors:
         self._files = MappedFiles()
         try:
             paths = [folder / name for name in about["weights"] if name.endswith(".safetensors")]
-            self._paths = {key: path for path in paths for key in self._files.open(path).keys()}  # noqa: SIM118 - no dict
+            self._paths = self._files.places(paths)
         except SafetensorError as error:
             raise self._damaged(str(error)) from None
         for name, quantizer in self.quantized.items():
@@ -133,7 +133,7 @@ class PackedTensors:
             for key, count in expected.items():
                 if key not in self._paths:
                     raise self._damaged(f"no {key}")
-                found = math.prod(self._shape_in_file(key))
+                found = math.prod(self._files.shape(self._paths[key], key))
                 if found != count:
                     raise self._damaged(f"{key} has {found} values, not {count}")
         self.floats = sorted(key for key in self._paths if key not in self.quantized and key.rpartition(".")[0] not in self.quantized)
@@ -146,10 +146,7 @@ class PackedTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter."""
-        return self._shapes[name] if name in self._shapes else self._shape_in_file(name)
-
-    def _shape_in_file(self, key: str) -> tuple[int, ...]:
-        return tuple(self._files.open(self._paths[key]).get_slice(key).get_shape())
+        return self._shapes[name] if name in self._shapes else self._files.shape(self._paths[name], name)
 
     def stored(self, name: str) -> Stored:
         """A quantized weight as it is stored."""

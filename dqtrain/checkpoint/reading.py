@@ -23,9 +23,6 @@ from dqtrain.quant.modules import is_learned_scale
 from dqtrain.tensor_file import Layout, MappedFiles, num_bytes, write_model_files
 from dqtrain.world import first_problem
 
-_BLOCK_ELEMENTS = 1 << 24
-
-
 _PREFIX = "student.model."
 """What stands before the names of a transformers model in those of the trained module."""
 
@@ -45,11 +42,7 @@ class _Pieces:
         """Copy elements start .. start + len(out) of a flattened parameter's tensor into `out`."""
         filled = 0
         for part in self.index.parts(name, start, out.numel()):
-            for done in range(0, part.numel, _BLOCK_ELEMENTS):
-                numel = min(_BLOCK_ELEMENTS, part.numel - done)
-                first = part.offset + done
-                piece = self._files.read_part(self.folder / rank_file(part.rank), f"{name}|{key}", first, first + numel)
-                out[part.start + done : part.start + done + numel].copy_(piece)
+            self._files.fill(self.folder / rank_file(part.rank), f"{name}|{key}", part.offset, out[part.start : part.start + part.numel])
             filled += part.numel
         if filled != out.numel():
             raise CheckpointError(

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from dqtrain.errors import ConfigError
 from dqtrain.models.making import load_model
 from dqtrain.quant.modules import values_of
-from dqtrain.tensor_file import MappedFiles
+from dqtrain.tensor_file import INDEX, MappedFiles
 
 Reader = Callable[[int, Tensor], None]
 """Copies elements start, start + 1, ... of a flattened tensor into a vector, in the vector's dtype and on its device."""
@@ -46,13 +45,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def stored_tensors(folder: Path) -> dict[str, Path]:
     """Tensor -> the safetensors file that holds it; empty where there is no such file. Raises ConfigError for files that cannot be read."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     try:
         if (folder / "model.safetensors").is_file():
             files = ["model.safetensors"]
         else:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-        return {key: path for path in (folder / Path(file).name for file in files) for key in MappedFiles().open(path).keys()}  # noqa: SIM118 - no dict
+        return MappedFiles().places(folder / Path(file).name for file in files)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{folder}: its safetensors files cannot be read ({error}). Save the model again with save_pretrained.") from None
 
@@ -72,28 +71,11 @@ def open_weights(folder: Path, model: PreTrainedModel) -> dict[str, Reader]:
         key = next((spelling for spelling in spelt if spelling in stored), None)
         if key is None:
             return readers_of(load_model(folder).state_dict())
-        shape = tuple(files.open(stored[key]).get_slice(key).get_shape())
+        shape = files.shape(stored[key], key)
         if shape != tuple(tensor.shape):
             raise ConfigError(f"{folder}: {key} has shape {shape}, but config.json makes it {tuple(tensor.shape)}. Save the model again whole.")
-        found |= dict.fromkeys(names, functools.partial(_read_slice, files, stored[key], key, shape))
+        found |= dict.fromkeys(names, functools.partial(files.fill, stored[key], key))
     return found
-
-
-_ROWS_BYTES = 2**26
-"""Rows of a slice that are read at a time."""
-
-
-def _read_slice(files: MappedFiles, path: Path, key: str, shape: tuple[int, ...], start: int, out: Tensor) -> None:
-    """Read the rows that hold these elements, and no others, so few at a time that the file's pages do not fill the memory."""
-    if not shape:
-        out.copy_(files.read(path, key).reshape(-1))
-        return
-    inner, end = math.prod(shape[1:]), start + out.numel()
-    step = max(1, _ROWS_BYTES // (4 * inner)) * inner
-    for begin in range(start // inner * inner, end, step):
-        low, high = max(begin, start), min(begin + step, end)
-        part = files.read_part(path, key, begin // inner, -(-high // inner))
-        out[low - start : high - start].copy_(part.reshape(-1)[low - begin : high - begin])
 
 
 def leave_in_files(model: nn.Module, read: Mapping[str, Callable[[], Tensor]]) -> None:
