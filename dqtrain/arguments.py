@@ -68,6 +68,11 @@ def _command(commands: Commands, name: str, help: str, example: str) -> argparse
     return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  {example}", formatter_class=RAW)
 
 
+def _takes_config(command: argparse.ArgumentParser, help: str = "YAML file") -> None:
+    command.add_argument("config", type=Path, help=help)
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+
+
 def _side_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--site", type=Path, metavar="YAML", help="as a Slurm job on one node, of which `dqtrain status` of the run tells (default: here)")
     command.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of the job (default: the site's)")
@@ -80,8 +85,7 @@ def _runs(commands: Commands) -> None:
         "train from a config, or continue the run it names",
         "dqtrain train configs/causal.yaml teacher.path=DIR data.train=a.jsonl --ranks 2",
     )
-    train.add_argument("config", type=Path, help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    _takes_config(train)
     train.add_argument("--ranks", type=int, help="processes to start here (default 1); under torchrun each process is one rank already")
     resume = _command(commands, "resume", "continue a run the way it was started: here, or as a Slurm job", "dqtrain resume runs/mine")
     resume.add_argument("run", type=Path, help="run directory")
@@ -94,8 +98,7 @@ def _runs(commands: Commands) -> None:
         "train as a Slurm job, which goes on after time limits, preemptions and lost nodes; what cannot run is refused before it is queued",
         "dqtrain submit configs/causal.yaml --site slurm/sites/example.yaml --nodes 4 --time 24:00:00 train.micro_batch=1 teacher.path=DIR data.train=a.jsonl run.dir=runs/mine",
     )
-    queue.add_argument("config", type=Path, help="YAML file")
-    queue.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    _takes_config(queue)
     queue.add_argument("--site", type=Path, required=True, metavar="YAML", help="what this cluster asks of a job; slurm/sites/example.yaml explains it")
     queue.add_argument("--nodes", type=_nodes, default=(1, 1), metavar="N|N-M", help="nodes (default 1); 2-4: as many of 4 as there are, but 2 or more")
     queue.add_argument("--time", metavar="[D-]H:MM:SS", help="time limit of each start (default: the site's); the run goes on after it")
@@ -131,8 +134,7 @@ def _corpora(commands: Commands) -> None:
     prepare = _command(
         commands, "prepare", "make the tokenizer and the token shards of a config (train does it too)", "dqtrain prepare configs/quickstart-teacher.yaml"
     )
-    prepare.add_argument("config", type=Path, help="YAML file")
-    prepare.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    _takes_config(prepare)
     prepare.add_argument("--workers", type=_positive, help="processes (default: one for each processor)")
     prepare.add_argument("--part", type=_share, metavar="K/N", help="do every N-th part, from the K-th (from 0): one of N tasks that share the work")
     _side_job(prepare)
@@ -159,8 +161,7 @@ def _corpora(commands: Commands) -> None:
         "store what the teacher says about every training sample, once, for a config whose teacher.source is hidden, sampled or top_k",
         "dqtrain cache-teacher configs/mine.yaml --ranks 2",
     )
-    cache.add_argument("config", type=Path, help="YAML file")
-    cache.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    _takes_config(cache)
     cache.add_argument("--ranks", type=int, help="processes to start here (default 1); in a job they are the site's ranks_per_node")
     _side_job(cache)
     write = _command(
@@ -230,8 +231,7 @@ def _looks(commands: Commands) -> None:
         "dqtrain plan configs/causal.yaml teacher.path=DIR train.micro_batch=2 --nodes 2 --gpus 8 --gpu h100\n"
         "  dqtrain plan configs/causal.yaml teacher.path=DIR train.micro_batch=1 zero.student=3 --gpu a100-40 --json",
     )
-    planned.add_argument("config", type=Path, help="YAML file; of its models config.json is read, and the headers of safetensors files if they are there")
-    planned.add_argument("overrides", nargs="*", metavar="a.b=c", help="values put into the config")
+    _takes_config(planned, "YAML file; of its models config.json is read, and the headers of safetensors files if they are there")
     planned.add_argument("--nodes", type=_positive, default=1, help="nodes (default 1)")
     planned.add_argument("--gpus", type=_positive, default=8, help="GPUs of a node (default 8)")
     planned.add_argument("--gpu", choices=list(GPUS), default="h100", help="their kind (default h100)")

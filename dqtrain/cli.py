@@ -104,8 +104,7 @@ def _submit_side(args: argparse.Namespace) -> str:
         if args.command == "prepare":
             if args.part is not None:
                 raise ConfigError("--part is for this machine; give --tasks N, which queues N jobs that share the work.")
-            workers = ["--workers", str(args.workers)] if args.workers is not None else []
-            options = [[*workers, *(["--part", f"{task}/{args.tasks}"] if args.tasks > 1 else [])] for task in range(args.tasks)]
+            options = [[*_words(args, "workers"), *(["--part", f"{task}/{args.tasks}"] if args.tasks > 1 else [])] for task in range(args.tasks)]
         if args.command == "cache-teacher":
             _refuse_nothing_to_store(config)
             if args.ranks is not None:
@@ -124,6 +123,11 @@ def _submit_side(args: argparse.Namespace) -> str:
     return submit_side(args.command, [(run, words) for run in runs], launch)
 
 
+def _words(args: argparse.Namespace, *names: str) -> list[str]:
+    """Those of these options that were given, as they are typed."""
+    return [word for name in names if (value := getattr(args, name)) is not None for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of `dqtrain export` say instead of a run's config, but the targets."""
     given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "allow_inexact": args.allow_inexact or None}
@@ -135,8 +139,7 @@ def _export_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[st
     for run in runs:
         _asked(run, args.to, _given(args))
     given = [word for target in args.to or () for word in ("--to", target)]
-    layouts = [word for name, value in (("--gguf", args.gguf), ("--compressed-tensors", args.compressed_tensors)) if value for word in (name, value)]
-    return [*given, *layouts, *(["--allow-inexact"] if args.allow_inexact else [])]
+    return [*given, *_words(args, "gguf", "compressed_tensors"), *(["--allow-inexact"] if args.allow_inexact else [])]
 
 
 def _targets(to: Sequence[str] | None) -> tuple[str, ...]:
@@ -150,19 +153,13 @@ def _targets(to: Sequence[str] | None) -> tuple[str, ...]:
 
 def _eval_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[str]:
     """The options of `dqtrain eval` as they were given, for a job in this folder. Raises ConfigError for those that name nothing to read."""
-    given = [
-        word
-        for name in ("split", "config", "tokens_per_sample")
-        if (value := getattr(args, name)) is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
     like = load_config(args.config) if args.config else None
     for run in runs:
         sources = [Source(path=path) for path in args.data] if args.data else (like or run.load_config()).data.sources(args.split)
         if not sources:
             raise ConfigError(f"{run.path}: nothing says what to evaluate on; give --data FILE, or a run whose config has data.{args.split}.")
         _check_corpora(sources)
-    return given + (["--data", *args.data] if args.data else [])
+    return [*_words(args, "split", "config", "tokens_per_sample"), *(["--data", *args.data] if args.data else [])]
 
 
 def cache_teacher(config: RunConfig, ranks: int | None = None) -> int:
@@ -375,12 +372,11 @@ def _asked(run: RunDir, to: Sequence[str] | None, given: Mapping[str, Any]) -> E
     asked = run.load_config().export.model_copy(update=given)
     if to is not None:
         asked = asked.model_copy(update={"targets": _targets(to)})
-    for name, target in (("gguf", "gguf"), ("compressed_tensors", "compressed-tensors")):
-        if name in given and target not in (asked.targets or ()):
+    for name, value in given.items():
+        target = name.replace("_", "-")
+        if target in get_args(Target) and target not in (asked.targets or ()):
             named = ", ".join(asked.targets or ()) or "none by name"
-            raise ConfigError(
-                f"--{target} {given[name]}: {target} is not among the targets asked for, {named}. Add it with --to {target}, or leave --{target} out."
-            )
+            raise ConfigError(f"--{target} {value}: {target} is not among the targets asked for, {named}. Add it with --to {target}, or leave --{target} out.")
     return asked
 
 
