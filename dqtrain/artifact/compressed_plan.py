@@ -20,6 +20,7 @@ from dqtrain.models.making import model_class
 from dqtrain.quant.activation import BLOCKS, ActivationQuantizer
 from dqtrain.quant.grid import WeightQuantizer
 from dqtrain.quant.modules import Coverage, CoverageRow
+from dqtrain.tensor_file import num_bytes
 
 TYPES_OF_FLOATS = {torch.bfloat16: "BF16", torch.float32: "F32"}
 RUN_BY_VLLM = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
@@ -101,7 +102,7 @@ class Placement(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes of all of it."""
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.stored.values())
+        return sum(num_bytes(*tensor) for tensor in self.stored.values())
 
 
 def stored_inputs(module: str, inputs: ActivationQuantizer | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -148,7 +149,7 @@ class Plan:
 
     def tensor_bytes(self, float_shapes: Sequence[tuple[int, ...]]) -> int:
         """Bytes of all tensors; `float_shapes`: those of all that is not quantized."""
-        head = sum(dtype.itemsize for dtype, _ in stored_inputs(self.head, self.head_inputs).values())
+        head = sum(num_bytes(*tensor) for tensor in stored_inputs(self.head, self.head_inputs).values())
         return sum(place.num_bytes for place in self.placements) + head + sum(4 * math.prod(shape) for shape in float_shapes)
 
 

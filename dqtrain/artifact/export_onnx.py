@@ -127,10 +127,10 @@ class OnnxTarget:
         listed = {f"{name}{end}": part for name, place in self.placed.items() for end, part in place.parts.items()}
         listed |= {name: (np.float32, packed.shape(name)) for name in packed.floats if not is_learned_scale(name)}
         self.stored: dict[str, Stored] = {}
-        self._end = 0
+        end = 0
         for name, (dtype, shape) in listed.items():
-            self.stored[name] = Stored(dtype, shape, self._end, _size(dtype, shape))
-            self._end += -(-self.stored[name].num_bytes // ALIGNMENT) * ALIGNMENT
+            self.stored[name] = Stored(dtype, shape, end, _size(dtype, shape))
+            end += -(-self.stored[name].num_bytes // ALIGNMENT) * ALIGNMENT
 
     @property
     def types(self) -> dict[str, str]:

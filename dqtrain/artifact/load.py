@@ -136,10 +136,8 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
     number and `cpu` (default: what is free). Raises CheckpointError as `load_any` does, ConfigError where the temporary files have no room.
     """
     run = RunDir(path)
-    if (path / "artifact.json").is_file():
-        return load_artifact(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    if is_compressed(path):
-        return load_compressed(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    if (path / "artifact.json").is_file() or is_compressed(path):
+        return load_any(path).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     if run.config.is_file():
         model = _as_trained(meta_model(run.student), run)
         weights = checkpoint.readers(chosen_checkpoint(run), model)

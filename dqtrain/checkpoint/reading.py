@@ -144,11 +144,11 @@ def fill(model: nn.Module, folder: Path, prefix: str = _PREFIX) -> dict[str, Ten
     return left_over
 
 
-def require_fits(folder: Path, model: nn.Module, prefix: str = _PREFIX, is_spare: Callable[[str], bool] = lambda name: False) -> None:
+def require_fits(folder: Path, model: nn.Module, is_spare: Callable[[str], bool] = lambda name: False) -> None:
     """Raise CheckpointError unless a checkpoint holds a model's parameters and persistent buffers in their shapes, and no others but what `is_spare`."""
     places = dict(model.named_parameters()) | persistent_buffers(model)
-    shapes: dict[str, Sequence[int]] = {name.removeprefix(prefix): parameter["shape"] for name, parameter in Index.read(folder).parameters.items()}
-    shapes |= {name: value.shape for name, value in _buffers_of_model(folder, prefix).items()}
+    shapes: dict[str, Sequence[int]] = {name.removeprefix(_PREFIX): parameter["shape"] for name, parameter in Index.read(folder).parameters.items()}
+    shapes |= {name: value.shape for name, value in _buffers_of_model(folder, _PREFIX).items()}
     strange = sorted(name for name in shapes if name not in places and not is_spare(name))
     if strange:
         raise CheckpointError(f"{folder}: has {strange[0]}, which the model has no place for; it was written by another model.")

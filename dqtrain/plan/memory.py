@@ -30,12 +30,12 @@ class Memory:
     @property
     def peak(self) -> dict[str, float]:
         """The parts of the moment that takes most."""
-        return max(self.moments.values(), key=lambda parts: sum(parts.values()))
+        return max(self.moments.values(), key=total_of)
 
     @property
     def bytes(self) -> float:
         """Of that moment."""
-        return sum(self.peak.values())
+        return total_of(self.peak)
 
 
 def kept_by_layer(stack: Stack, config: RunConfig, tokens: int, sources: int, mask_bytes: int = 1) -> float:
