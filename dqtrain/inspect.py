@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
@@ -29,11 +29,13 @@ from dqtrain.config import ActivationQuant, Bits, Export, Quant, WeightQuant, lo
 from dqtrain.data.prepare import tokenizer_files
 from dqtrain.errors import ConfigError, DataError
 from dqtrain.models.making import empty_model, read_model_config
+from dqtrain.models.weights import stored_tensors
 from dqtrain.quant.diagnose import SHADES, Homogeneity, relative, similarity_picture, weight_statistics
 from dqtrain.quant.grid import compute
 from dqtrain.quant.modules import Coverage, CoverageRow, quantize_model
 from dqtrain.quant.scale import initial_learned
 from dqtrain.rundir import RunDir
+from dqtrain.tensor_file import MappedFiles
 
 NUM_WORDS = 48
 """Words in the picture of their similarities."""
@@ -166,19 +168,11 @@ def _stream(folder: Path, model: PreTrainedModel) -> tuple[Callable[[str], Tenso
     That is so where it would rename, split or fuse tensors, and where a tied weight lies in the files more than once: it then looks
     whether the copies are equal.
     """
-    index = folder / "model.safetensors.index.json"
-    files: dict[str, Any] = {}
-    if (folder / "model.safetensors").is_file():
-        file = safe_open(folder / "model.safetensors", "pt")
-        files = dict.fromkeys(file.keys(), file)
-    elif index.is_file():
-        places = json.loads(index.read_text())["weight_map"]
-        opened = {name: safe_open(folder / name, "pt") for name in set(places.values())}
-        files = {key: opened[name] for key, name in places.items()}
+    stored, files = stored_tensors(folder), MappedFiles()
     prefix = f"{model.base_model_prefix}."
 
     def keys_of(name: str) -> set[str]:
-        return {name, name.removeprefix(prefix), prefix + name} & files.keys()  # a base model's files lack the prefix, or the other way round
+        return {name, name.removeprefix(prefix), prefix + name} & stored.keys()  # a base model's files lack the prefix, or the other way round
 
     keys: dict[str, str] = {}
     names: dict[nn.Parameter, list[str]] = {}
@@ -189,10 +183,10 @@ def _stream(folder: Path, model: PreTrainedModel) -> tuple[Callable[[str], Tenso
         if len(found) != 1:
             return None
         keys[aliases[0]] = key = found.pop()
-        if tuple(files[key].get_slice(key).get_shape()) != tuple(parameter.shape):
+        if files.shape(stored[key], key) != tuple(parameter.shape):
             return None
-    nonzero = [name for name, _ in model.named_buffers() for key in keys_of(name) if files[key].get_tensor(key).any()]
-    return lambda name: files[keys[name]].get_tensor(keys[name]), nonzero
+    nonzero = [name for name, _ in model.named_buffers() for key in keys_of(name) if files.read(stored[key], key).any()]
+    return lambda name: files.read(stored[keys[name]], keys[name]), nonzero
 
 
 def _loaded(name: str, model: PreTrainedModel, tokenizer: Path) -> Source:
