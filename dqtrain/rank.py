@@ -13,7 +13,7 @@ from dqtrain.config import RunConfig
 from dqtrain.engine import start
 from dqtrain.errors import CheckpointError, ConfigError, Stopped, UserError
 from dqtrain.files import DISK_ERRORS
-from dqtrain.rundir import HEARTBEAT_S, RunDir
+from dqtrain.rundir import HEARTBEAT_S, OWNER_DEAD_S, RunDir
 from dqtrain.trainer import Trainer
 from dqtrain.watchdog import Watchdog
 from dqtrain.world import World, init_world
@@ -122,12 +122,20 @@ def _thread_failed(problem: threading.ExceptHookArgs) -> None:
 
 def _beat(run: RunDir) -> None:
     """Renew the owner's heartbeat while the process lives; a run that another process has taken over is left at once."""
+    is_late = False
     while True:
         time.sleep(HEARTBEAT_S)
         try:
             run.heartbeat()
+            is_late = False
         except ConfigError as error:
             print(f"dqtrain: {error}", file=sys.stderr, flush=True)
             os._exit(error.exit_code)
-        except OSError:
-            continue
+        except OSError as error:
+            if not is_late:
+                print(
+                    f"dqtrain: the run's heartbeat cannot be written ({error}); after {OWNER_DEAD_S} s another process may take it over.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            is_late = True

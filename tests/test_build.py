@@ -7,7 +7,7 @@ import torch
 from conftest import config_text
 from families import ALONE, FAMILIES, whole_student
 
-from dqtrain.build import student_model
+from dqtrain.build import _check_models, student_model
 from dqtrain.config import Distill, Hidden, load_config
 from dqtrain.distill.objective import Objective, needed_outputs
 from dqtrain.errors import ConfigError
@@ -116,3 +116,20 @@ def test_inputs_of_a_batch_know_their_padding():
 
 def test_settings_name_the_terms():
     assert Distill(task=1.0, hidden=Hidden(weight=0.0)).teacher_terms == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "terms", "message"),
+    [
+        ("gpt2", {"vocab_size": 98}, "{logits: {weight: 1.0}}", "vocab_size is 97 in teacher.path, but 98 in student.init_from; distill compares them"),
+        ("gpt2", {"n_embd": 64}, "{hidden: {weight: 1.0}}", "hidden_size is 32 in teacher.path, but 64"),
+        ("gpt2", {"n_head": 8}, "{attention: {weight: 1.0}}", "num_attention_heads is 2 in teacher.path, but 8"),
+        ("bart", {"decoder_start_token_id": 5}, "{logits: {weight: 1.0}}", "decoder_start_token_id is 2 in teacher.path, but 5"),
+    ],
+)
+def test_models_that_do_not_go_together_are_refused(family, changes, terms, message, make, tmp_path):
+    config, _ = make(family, student=f"{{init_from: {tmp_path}/start}}", distill=terms, init_from=deep(family, **changes))
+    with pytest.raises(ConfigError, match=message):
+        _check_models(config)
+    if not {"vocab_size", "decoder_start_token_id"} & changes.keys():  # nothing compares them
+        _check_models(make(family, student=f"{{init_from: {tmp_path}/start}}", distill="{logits: {weight: 1.0}}")[0])

@@ -36,6 +36,8 @@ def test_uninterrupted_run_is_whole(uninterrupted):
     steps = [line for line in log if "loss" in line]
     assert [line["step"] for line in steps] == list(range(2, 31, 2))
     assert steps[-1]["loss"] < steps[0]["loss"]
+    rates = [1e-3 * min(1, 1 - (line["step"] - 3) / 28) for line in steps]  # 2 steps of warm-up, 28 of linear decay
+    assert [line["lr_weights"] for line in steps] == pytest.approx(rates)
     assert {"logits", "contrast", "gradient_norm"} <= steps[0].keys()
     assert [line["step"] for line in log if "validation_loss" in line] == [4, 8, 12, 16, 20, 24, 28, 30]
     result = json.loads((uninterrupted.path / "result.json").read_text())

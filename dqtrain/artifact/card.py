@@ -62,7 +62,7 @@ def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, 
         if licence
         else "The teacher's: LICENSE."
         if text
-        else "Not stated beside the teacher."
+        else "No licence could be read beside the teacher."
         if teacher
         else "Not stated.",
     ]

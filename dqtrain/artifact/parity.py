@@ -262,8 +262,10 @@ def _relative_l2(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _largest(found: list[Tensor], expected: list[Tensor]) -> float:
-    pairs = list(zip(found, expected, strict=False))
-    return max(float((a - b).abs().max()) for a, b in pairs) / max(float(b.abs().max()) for _, b in pairs)
+    pairs = list(zip(found, expected, strict=False))  # of some samples alone, where it was token by token
+    # max() of Python would pass over NaN.
+    difference, largest = (torch.stack([part.abs().max() for part in parts]).max() for parts in ([a - b for a, b in pairs], [b for _, b in pairs]))
+    return float(difference / largest)
 
 
 def _kl(logits: Tensor, other: Tensor) -> Tensor:

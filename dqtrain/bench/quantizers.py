@@ -64,6 +64,7 @@ def _speed(weight: Tensor, rounds: int) -> str:
 
 
 def _errors() -> str:
+    torch.manual_seed(0)
     samples = {"Gaussian": torch.randn(1000, 1024), "Laplace": torch.distributions.Laplace(0.0, 1.0).sample((1000, 1024))}
     groups = (("per_tensor", None), ("per_row", None), ("per_group", 64))
     lines = ["relative squared error, 1000 x 1024 (groups of 64)", f"  {'grid':14s} {'bits':>7s}  " + "  ".join(f"{name:^32s}" for name in samples)]

@@ -53,12 +53,12 @@ def check_confined(config: PretrainedConfig, name: str) -> None:
     alone = torch.cat([reads(Inputs(ids[:, part], everything[:, part])).hidden for part in (slice(3), slice(3, 8))], 1)
     try:
         packed = reads(Inputs(ids, everything, positions=positions)).hidden
-        is_confined = torch.allclose(packed, alone, rtol=1e-4, atol=1e-5)
-    except (TypeError, ValueError, RuntimeError, AttributeError):  # a family that knows no positions, or no such mask
-        is_confined = False
-    if not is_confined:
+        problem = None if torch.allclose(packed, alone, rtol=1e-4, atol=1e-5) else "tokens see those of other documents"
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # a family that knows no positions, or no such mask
+        problem = str(error)
+    if problem is not None:
         raise ConfigError(
-            f"data.attention is within, but the attention of {type(model).__name__} ({name}) cannot be confined to a document. "
+            f"data.attention is within, but the attention of {type(model).__name__} ({name}) cannot be confined to a document ({problem}). "
             "Set data.attention to across, or data.samples to documents."
         )
 

@@ -365,3 +365,13 @@ def test_a_run_ends_with_it(make_run):
     assert texts[0] == texts[1] and texts[0][0] == 0
     code, output = run.dqtrain("export", str(run.path), "--to", "compressed-tensors", "--compressed-tensors", "vllm")
     assert code == 0 and json.loads(output)["parity"]["weights"]["types"] == {"W4A16": 8, "F32": 1}, output
+
+
+def test_what_vllm_has_kernels_for_on_gpus_alone_is_said():
+    def notes(activations):
+        quant = Quant.model_validate({"linears": {"bits": 4, "granularity": "per_row"}, "embeddings": None, "positions": None, "activations": activations})
+        model = FAMILIES["llama"]()
+        return plan(model.config, quantize_model(model, quant), Export(compressed_tensors="vllm")).notes
+
+    said = "vLLM has kernels for W4A8 on GPUs alone"
+    assert said in notes({"bits": 8, "asymmetric": "nowhere"}) and not any("on GPUs alone" in note for note in notes(None))

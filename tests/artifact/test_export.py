@@ -122,7 +122,7 @@ def test_a_teacher_of_the_hub_is_the_base_model_and_one_that_is_gone_states_no_l
     export(other, chosen_checkpoint(other))
     text = (other.artifact("packed") / "README.md").read_text()
     assert ModelCard(text).data.base_model == "someone/teacher" and ModelCard(text).data.base_model_relation == "quantized"
-    assert "license" not in ModelCard(text).data.to_dict() and "Not stated beside the teacher." in text
+    assert "license" not in ModelCard(text).data.to_dict() and "No licence could be read beside the teacher." in text
 
 
 def test_a_licence_that_lies_beside_the_teacher_goes_with_the_student(run, exported, tmp_path):

@@ -443,3 +443,13 @@ def test_samples_of_pairs_are_in_the_order_of_the_corpus(pair_folders, pairs, en
     expected = [(start + source + [2] * encoder_decoder, start + target + [2]) for source, target in pairs]
     assert [tuple(ids.tolist() for ids in stream.sample(i)) for i in range(len(pairs))] == expected
     assert stream.mean_tokens == sum(len(source) + len(target) for source, target in expected) / len(pairs)
+
+
+@pytest.mark.parametrize("kind", [Stream, DocumentStream])
+def test_no_more_shards_are_open_than_are_allowed(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("dqtrain.data.stream._OPEN_SHARDS", 2)
+    stream = kind(made(tmp_path / "a", [np.arange(10 * i, 10 * i + 9) for i in range(5)], [[9]] * 5), 8, 0, False)
+    for position in (0, 1, 2, 3, 4, 0, 4, 1, 1):
+        assert stream.batch(range(position, position + 1)).input_ids[0].tolist() == list(range(10 * position, 10 * position + 8))
+        assert len(stream._shards) <= 2
+    assert stream.batch(range(5)).input_ids[:, 0].tolist() == [0, 10, 20, 30, 40]  # more than that at once

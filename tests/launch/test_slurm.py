@@ -439,3 +439,14 @@ def test_two_jobs_for_one_run(make_job, whole: Run, cluster: Cluster) -> None:
     run.finish(whole, broken=1)
     assert run.events("job_start")[-1]["job"] == third
     assert run.events("resume")[0]["step"] >= reached - CHECKPOINT_STEPS
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_not_queued_again(make_job, cluster):
+    run = make_job()
+    job = run.submit()
+    run.until_step(3)
+    cluster.run("scancel", job)
+    end = run.until_ended()
+    assert "; Slurm ends the job (" in end["why"] and run.state(job) == "CANCELLED"
+    assert not run.events("requeue", "successor")

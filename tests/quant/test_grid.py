@@ -12,7 +12,7 @@ from reference import reference, scale_of_element, textbook
 from dqtrain.config import BITS_OF_GRID
 from dqtrain.errors import ConfigError
 from dqtrain.quant import grid as grid_module
-from dqtrain.quant.grid import GRIDS, LARGEST_SCALE, SMALLEST_SCALE, TINY, Levels, WeightQuantizer, snap
+from dqtrain.quant.grid import GRIDS, SMALLEST_SCALE, TINY, Levels, WeightQuantizer, snap
 
 ALL = [(grid, bits) for grid, widths in BITS_OF_GRID.items() for bits in widths]
 LEARNED = [(grid, bits) for grid, bits in ALL if GRIDS[grid].learned]
@@ -224,7 +224,7 @@ def test_snapped_scales_are_exact_in_every_format_and_nearest(value):
 
 def test_snap_rounds_ties_to_even_and_clamps():
     assert snap(torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])).tolist() == [1.0, 1 + 2 * 2**-7]
-    assert snap(torch.tensor([0.0, -3.0, 1e-9, 1e9, 65500.0])).tolist() == [SMALLEST_SCALE] * 3 + [LARGEST_SCALE] * 2
+    assert snap(torch.tensor([0.0, -3.0, 1e-9, 1e9, 65500.0])).tolist() == [2.0**-14] * 3 + [65280.0] * 2
     assert WeightQuantizer("lsq", 4, "per_row", None, 0, False).settle(torch.tensor([-1.0, 0.0, 0.3])).tolist() == [TINY, TINY, torch.tensor(0.3).item()]
 
 
@@ -316,3 +316,14 @@ def test_group_size_that_does_not_divide_is_refused(shape, row_axis):
     with pytest.raises(ConfigError, match=r"h\.0\.mlp\.weight has 96 inputs, which a group_size of 128 does not divide\. Set it to 96, or use per_row\."):
         quantizer.num_scales(shape, "h.0.mlp.weight")
     assert WeightQuantizer("minmax", 4, "per_group", 32, row_axis, True).num_scales(shape) == math.prod(shape) // 32
+
+
+@pytest.mark.parametrize("grid", ["pact", "lsq", "dynamic"])
+def test_a_weight_that_lies_on_the_clip_counts_as_clipped(grid):
+    """As the papers have it (PACT eq. 3, LSQ eq. 3: v <= -Q_N, v >= Q_P); a clip that starts where nothing is clipped lies on the largest weight."""
+    weight, learned = torch.tensor([[-1.0, 0.5, 1.0, 1.5]], requires_grad=True), torch.ones(1, requires_grad=True)
+    value, scales = WeightQuantizer(grid, "ternary", "per_row", None, 0, False).fake_quantize(weight, learned)
+    value.backward(torch.ones_like(value))
+    assert scales.scale.item() == 1.0 and weight.grad.tolist() == [[0.0, 1.0, 0.0, 0.0]]
+    if grid == "pact":
+        assert learned.grad.item() == 1.0  # signs of -1, 1 and 1.5

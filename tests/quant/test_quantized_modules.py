@@ -694,3 +694,18 @@ def test_coverage_lists_every_matrix_and_why_it_stays_float():
     assert lines[0].split() == ["parameter", "shape", "weight", "input", "why", "float"] and len(lines) == len(rows) + 2
     assert lines[1].split() == ["transformer.wte.weight", "97", "x", "32", "ternary", "dynamic", "per_row", "8", "bit", "per_token"]
     assert "quantized" in lines[-1] and f"{coverage.fraction:.1%}" in lines[-1]
+
+
+def test_an_override_of_the_weight_alone_leaves_its_input_as_it_is():
+    four = Override(match="*.0.*.c_fc.weight", weights=WeightQuant(bits=4, granularity="per_row"))
+    rows = {row.name: row for row in quantize_model(FAMILIES["gpt2"](), settings(overrides=(four,))).rows}
+    first, second = (rows[f"transformer.h.{layer}.mlp.c_fc.weight"] for layer in (0, 1))
+    assert first.quantizer.bits == 4 != second.quantizer.bits and first.input_quantizer == second.input_quantizer is not None
+
+
+def test_inside_experts_each_token_has_a_scale_of_its_own():
+    """Tokens are sorted there, so that which are padding is not known."""
+    model = FAMILIES["mixtral"]()
+    quantize_model(model, settings().model_copy(update={"activations": ActivationQuant(bits=8, scale="per_tensor")}))
+    experts = model.model.layers[0].mlp.experts
+    assert experts.input_quantizer.scale == "per_tensor" and experts.gated_quantizer.scale == "per_token"
