@@ -226,7 +226,11 @@ def _describe(address: str) -> tuple[str, int, Any]:
     """(address, bytes, what changes with the content)."""
     if "://" in address:
         fs, path = _remote(address)
-        return address, int(fs.info(path).get("size") or 0), fs.ukey(path)
+        found = fs.info(path)
+        size = int(found.get("size") or 0)
+        if address.startswith(("http://", "https://")):  # fsspec holds that what is there never changes
+            return address, size, [found.get(header) for header in ("ETag", "Last-Modified", "Content-MD5")]
+        return address, size, fs.ukey(path)
     if not os.access(address, os.R_OK):
         raise DataError(f"corpus {address} is not a file that can be read; change its permissions.")
     status = os.stat(address)

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -111,9 +112,23 @@ def test_plain_text_at_an_address(tmp_path):
     assert "".join(piece for piece, _ in pieces) == text and [ends for _, ends in pieces].index(True) == len(pieces) - 1
 
 
-def test_a_protocol_that_needs_another_package_says_so():
-    with pytest.raises(DataError, match=r"s3://bucket/a\.jsonl cannot be read: .*s3fs"):
-        read("s3://bucket/a.jsonl")
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_protocol_that_needs_another_package_says_so(protocol, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    with pytest.raises(DataError, match=rf"{protocol}://bucket/a\.jsonl cannot be read: .*{package}"):
+        read(f"{protocol}://bucket/a.jsonl")
+
+
+def test_a_web_server_is_an_address_whose_files_may_change(tmp_path, web):
+    path = Path(write(tmp_path, "jsonl.gz"))
+    address = f"{web(tmp_path)}/{path.name}"
+    assert read(address, text=TEMPLATE) == read(address.replace("a.", "*."), text=TEMPLATE) == TEXTS
+    before = find_corpus(Source(path=address), "train").about
+    assert find_corpus(Source(path=address), "train").about == before
+    os.utime(path, (1, 1))  # as long as before, and other
+    assert find_corpus(Source(path=address), "train").about != before
+    with pytest.raises(DataError, match=r"corpus http://.*/b\.jsonl is no file; check the address"):
+        read(address.replace("a.jsonl.gz", "b.jsonl"))
 
 
 def test_globs_are_sorted_and_have_one_format(tmp_path):
