@@ -371,7 +371,8 @@ def _cut_parquet(address: str) -> list[Unit]:
 def _parquet(address: str) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
-    with open_bytes(address) as raw, ParquetFile(raw, buffer_size=_BUFFER_BYTES) as file:  # a buffer: row groups may be large, and are not read whole
+    # Row groups may be large: a buffer and no pre_buffer, so that none is read whole.
+    with open_bytes(address) as raw, ParquetFile(raw, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
         yield file
 
 
