@@ -478,7 +478,13 @@ def _load_hub(path: str, subset: str | None, split: str, revision: str | None, v
     if revision is not None:
         name = str(hub.data_directory(f"hf:{name}@{revision}") or name)  # fetched for a job, which has no network
     try:
-        return datasets.load_dataset(name, subset, split=split, revision=None if os.path.isdir(name) else revision, streaming=True)
+        builder = datasets.load_dataset_builder(name, subset, revision=None if os.path.isdir(name) else revision)
+        if builder.name == "parquet":  # by itself it reads a file ahead as fast as it can, and into memory as a whole
+            from pyarrow.dataset import ParquetFragmentScanOptions
+
+            builder.config.batch_size = _ROWS
+            builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=_BUFFER_BYTES)
+        return builder.as_streaming_dataset(split=split)
     except Exception as error:
         raise DataError(f"{path}: split {split} cannot be opened ({_first_line(error)}). Check path, subset and split.") from None
 
