@@ -44,6 +44,35 @@ def edit_description(folder: Path, change) -> None:
     path.write_text(sealed([f'"{key}": {json.dumps(value)}' for key, value in content.items()]))
 
 
+@pytest.fixture
+def web():
+    """What serves a folder by HTTP on this machine: folder -> address."""
+    import functools
+    import threading
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *args) -> None:
+            pass
+
+        def copyfile(self, source, outputfile) -> None:
+            with suppress(ConnectionError):  # a client that has seen enough
+                super().copyfile(source, outputfile)
+
+    servers = []
+
+    def serve(folder: Path) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
 WORDS = "the a cat dog bird sees finds eats red small old house tree river and then slowly under over".split()
 
 

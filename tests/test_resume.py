@@ -150,7 +150,7 @@ def test_killed_on_two_ranks_in_mid_epoch_it_reads_the_same_samples_on_one_and_o
     norms = [line["gradient_norm"] for line in theirs]
     assert sum(abs(a - b) / a > 2e-3 for a, b in zip(norms, norms[1:], strict=False)) >= 20  # other samples would show
     waits = [json.loads(line)["data_wait"] for line in (run.path / "log.jsonl").read_text().splitlines()]
-    assert all(0 <= wait <= 1 for wait in waits)
+    assert all(0 <= wait <= 1 for wait in waits) and sorted(waits)[len(waits) // 2] < 0.01  # the first steps of a start wait for the first batches
 
 
 ROUNDED = "{steps: 12, global_batch: 8, micro_batch: 2, lr: 1.0e-3, scale_lr: 1.0e-3, precision: bf16_weights}"

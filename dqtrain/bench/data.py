@@ -7,7 +7,7 @@ shown as absent, with what installs them; an environment of their own that sees 
 import itertools
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -336,27 +336,36 @@ def _resume(position: int, folder: Path) -> dict[str, float]:
 
 def _large() -> dict[str, float]:
     """An index of 10^12 tokens, whose shards are not there: what it takes in memory, and the time to the samples of the first micro-batch of rank 1000 of 1,024."""
-    size = 2**26
+    size = 2**24  # of text in parts as prepare cuts it
     shards = 10**12 // size
     entry = {"num_tokens": size + 1, "num_documents": 1000, "bytes": 2 * size, "checksum": "0" * 16}
     with tempfile.TemporaryDirectory() as name:
         text = json.dumps({"version": VERSION, "tokenizer_hash": "", "vocab_size": VOCABULARY, "shards": []})
-        listed = ",".join(json.dumps({"file": f"shard-{number:05d}.bin", **entry}) for number in range(shards))
+        listed = ",".join(json.dumps({"file": f"shard-{number:05d}-00000.bin", **entry}) for number in range(shards))
         (Path(name) / INDEX).write_text(text.replace('"shards": []', f'"shards": [{listed}]'))
         del listed
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _resident("VmRSS", restart=True)
         started = time.perf_counter()
         stream = Stream(Path(name), TOKENS, 1, True, quarantine=print)
         batch = 1024 * MICRO_BATCH
         samples = stream.order.at(range(10**6 * batch + 1000 * MICRO_BATCH, 10**6 * batch + 1001 * MICRO_BATCH))
         seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = _resident("VmHWM")
         # The order of this rank is that of any other, taken from a new one.
         again = Order([[size // TOKENS] * shards], 1, True)
         everywhere = np.random.default_rng(0).integers(0, again.num_samples, 10**5)
         assert (again.at(range(10**6 * batch + 1000 * MICRO_BATCH, 10**6 * batch + 1001 * MICRO_BATCH)) == samples).all()
         assert len(np.unique(again.at(np.unique(everywhere)))) == len(np.unique(everywhere))
-    return {"tokens": float(shards * size), "shards": shards, "mib": (peak - before) / 1024, "seconds": seconds}
+    return {"tokens": float(shards * size), "shards": shards, "mib": (peak - before) / 2**20, "seconds": seconds}
+
+
+def _resident(name: str, restart: bool = False) -> int:
+    """Bytes of /proc/self/status; `restart` sets the high-water mark to what is resident now. Not getrusage's ru_maxrss, which begins with what the parent held."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found, f"no {name} in /proc/self/status"
+    if restart:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(found[1])
 
 
 def _prepare(workers: int, folder: Path) -> dict[str, float]:

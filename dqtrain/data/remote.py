@@ -143,7 +143,8 @@ def _copy(path: Path, num_bytes: int, checksum: str) -> Shard | None:
     try:
         shard = Shard(path)
         if shard.checksum == checksum and path.stat().st_size == num_bytes:
-            os.utime(path)
+            with contextlib.suppress(OSError):  # a copy that somebody else keeps there, or that was just removed, is as sound
+                os.utime(path)
             return shard
     except (DataError, FileNotFoundError):  # it may be removed at any moment, to make room
         pass

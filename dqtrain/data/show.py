@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dqtrain.data.folder import open_folder
 from dqtrain.data.prepare import INDEX, load_tokenizer, read_index, tokenizer_hash
 from dqtrain.data.shard import Shard
 from dqtrain.errors import DataError
@@ -39,7 +40,7 @@ def info(folder: Path, weight: float | None = None) -> str:
         "kind": index["kind"] + ", one per sample" * (index["kind"] != "pairs" and index["samples"] == "documents"),
         "documents": f"{index['num_documents'] // (2 if index['kind'] == 'pairs' else 1):,}" + " pairs" * (index["kind"] == "pairs"),
         "tokens": f"{index['num_tokens']:,} of {index['vocab_size']:,} words, {index['num_bytes'] / index['num_tokens']:.2f} bytes of text each",
-        "shards": f"{len(index['shards']):,} of {num_bytes:,} bytes",
+        "shards": f"{len(index['shards']):,} of {num_bytes:,} bytes, sha256 {open_folder(folder).fingerprint()}",
         "left out": f"{index['num_empty']:,} without text, {index['num_bad_lines']:,} bad lines"
         + f", such as {index['first_bad_line']}" * bool(index["first_bad_line"]),
         "tokenizer": f"{index['tokenizer']}, sha256 {index['tokenizer_hash']}",

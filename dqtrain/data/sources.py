@@ -226,7 +226,11 @@ def _describe(address: str) -> tuple[str, int, Any]:
     """(address, bytes, what changes with the content)."""
     if "://" in address:
         fs, path = _remote(address)
-        return address, int(fs.info(path).get("size") or 0), fs.ukey(path)
+        found = fs.info(path)
+        size = int(found.get("size") or 0)
+        if address.startswith(("http://", "https://")):  # fsspec holds that what is there never changes
+            return address, size, [found.get(header) for header in ("ETag", "Last-Modified", "Content-MD5")]
+        return address, size, fs.ukey(path)
     if not os.access(address, os.R_OK):
         raise DataError(f"corpus {address} is not a file that can be read; change its permissions.")
     status = os.stat(address)
@@ -367,7 +371,8 @@ def _cut_parquet(address: str) -> list[Unit]:
 def _parquet(address: str) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
-    with open_bytes(address) as raw, ParquetFile(raw, buffer_size=_BUFFER_BYTES) as file:  # a buffer: row groups may be large, and are not read whole
+    # Row groups may be large: a buffer and no pre_buffer, so that none is read whole.
+    with open_bytes(address) as raw, ParquetFile(raw, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
         yield file
 
 
@@ -473,7 +478,13 @@ def _load_hub(path: str, subset: str | None, split: str, revision: str | None, v
     if revision is not None:
         name = str(hub.data_directory(f"hf:{name}@{revision}") or name)  # fetched for a job, which has no network
     try:
-        return datasets.load_dataset(name, subset, split=split, revision=None if os.path.isdir(name) else revision, streaming=True)
+        builder = datasets.load_dataset_builder(name, subset, revision=None if os.path.isdir(name) else revision)
+        if builder.name == "parquet":  # by itself it reads a file ahead as fast as it can, and into memory as a whole
+            from pyarrow.dataset import ParquetFragmentScanOptions
+
+            builder.config.batch_size = _ROWS
+            builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=_BUFFER_BYTES)
+        return builder.as_streaming_dataset(split=split)
     except Exception as error:
         raise DataError(f"{path}: split {split} cannot be opened ({_first_line(error)}). Check path, subset and split.") from None
 

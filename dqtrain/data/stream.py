@@ -6,20 +6,20 @@ target is predicted once. A batch of documents or pairs is as wide as its longes
 Nothing here knows the rank. Needs numpy; the trainer makes tensors.
 """
 
-import operator
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
 
 from dqtrain.data.folder import Folder, Tokens, open_folder
 from dqtrain.data.order import Order, grouped
+from dqtrain.data.rows import Rows
 from dqtrain.errors import DataError
 from dqtrain.files import write_whole
 
@@ -33,8 +33,8 @@ _FETCHERS = 4
 """Shards at an address that are fetched at a time, ahead of their use."""
 _ORDERED, _JOINED = 4096, 64
 """Samples whose order is computed at a time, and samples of packed text that are read at a time: numpy's calls cost more than few numbers do."""
-_CHECKED = 2**20
-"""Tokens of packed text that are checked at a time, and known to be."""
+_CHECKED = 2**19
+"""Tokens of packed text that are checked at a time, and known to be: few enough that a first sample from anywhere costs a block or two of checksums."""
 _UNREAD, _PLAIN, _CAREFUL = range(3)
 """What is known of samples: nothing; that their tokens are sound, and all there is; that they are sound, and something is padded, not predicted, or apart."""
 
@@ -244,7 +244,7 @@ class Stream(AnyStream):
         num_groups = np.diff(self._sample_ends, prepend=0) // self._per_group + 2
         self._first_group = np.cumsum(np.append(0, num_groups))
         self._known = np.full(self._first_group[-1], _UNREAD, np.int8)
-        self._rows = dict[int, np.ndarray]()  # shard -> its samples as they lie in the file, of the shards of which something is known
+        self._rows = Rows(len(self._num_tokens), self._dtype, tokens_per_sample + 1)  # of the shards of which something is known to be plain
 
     @property
     def mean_tokens(self) -> float:
@@ -262,7 +262,7 @@ class Stream(AnyStream):
 
     def _close(self, shard: int) -> None:
         super()._close(shard)
-        self._rows.pop(shard, None)
+        self._rows.unmap(shard)
         self._known[self._first_group[shard] : self._first_group[shard + 1]] = _UNREAD
 
     def _batches(self, samples: np.ndarray, micro_batch: int) -> Iterator[Batch]:
@@ -272,7 +272,6 @@ class Stream(AnyStream):
         lengths = np.minimum(width, self._num_tokens[shards] - starts)
         is_whole = lengths == width
         groups = self._first_group[shards] + numbers // self._per_group + ~is_whole  # the last sample of a shard, if it is short, is a group of its own
-        names, places = shards.tolist(), numbers.tolist()
         together = max(1, _JOINED // micro_batch) * micro_batch
         for first in range(0, len(samples), together):
             these = slice(first, first + together)
@@ -280,21 +279,20 @@ class Stream(AnyStream):
             if np.count_nonzero(self._known[groups[these]] != _PLAIN):
                 opened, lost = self._check(shards[these], numbers[these], groups[these], is_whole[these])
             if opened is None or not np.count_nonzero(self._known[groups[these]] != _PLAIN):
-                # Joining the rows copies each token once, without numpy's work for each row or shard.
-                rows: Any = map(operator.getitem, map(self._rows.__getitem__, names[these]), places[these])
-                ids = np.frombuffer(b"".join(rows), self._dtype).astype(np.int64).reshape(-1, micro_batch, width)
+                ids = self._rows.gather(shards[these], starts[these]).astype(np.int64).reshape(-1, micro_batch, width)
                 yield from map(Batch, ids[:, :, :-1], ids[:, :, 1:], samples[these].reshape(-1, micro_batch))
                 continue
             for start in range(first, min(first + together, len(samples)), micro_batch):
                 among = slice(start, start + micro_batch)
                 left_out = None if lost is None else lost[start - first : start - first + micro_batch]
-                yield self._careful_batch(samples[among], [opened.get(name) for name in names[among]], starts[among], lengths[among], left_out)
+                yield self._careful_batch(samples[among], [opened.get(name) for name in shards[among].tolist()], starts[among], lengths[among], left_out)
 
     def _batch(self, samples: np.ndarray) -> Batch:
         return next(self._batches(samples, len(samples)))
 
     def _check(self, shards: np.ndarray, numbers: np.ndarray, groups: np.ndarray, is_whole: np.ndarray) -> tuple[dict[int, Tokens], np.ndarray | None]:
         """Open the shards of samples and check what is not known of them; the shards, and which samples are lost: bool [samples], None where none is."""
+        width = self.tokens_per_sample + 1
         opened: dict[int, Tokens] = {}  # held here, since the copies of the first may make room for those of the last
 
         def check(shard: Tokens, rows: np.ndarray) -> None:
@@ -306,10 +304,8 @@ class Stream(AnyStream):
                 shard.check(start, min(stop + 1, shard.num_tokens))
             if self.within:
                 _ = shard.document_ends
-            if name not in self._rows and self._is_alike and not (self.within or shard.has_predicted):
-                size, num_rows = self._dtype.itemsize, (shard.num_tokens - 1) // self.tokens_per_sample
-                strides = self.tokens_per_sample * size, size  # rows share a token
-                self._rows[name] = np.ndarray((num_rows, self.tokens_per_sample + 1), self._dtype, shard.bytes, strides=strides)
+            if name not in self._rows and shard.num_tokens >= width and self._is_alike and not (self.within or shard.has_predicted):
+                self._rows.map(name, shard.bytes)
             self._known[groups[fresh]] = np.where(is_whole[fresh] & (name in self._rows), _PLAIN, _CAREFUL)
 
         return opened, self._read(shards, check)

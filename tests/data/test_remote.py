@@ -51,10 +51,12 @@ def made(root, samples_per_shard, address):
     return [shard["bytes"] for shard in shards]
 
 
-@pytest.mark.parametrize("protocol", ["memory://", "file://"])
-def test_an_address_gives_what_the_folder_gives(tmp_path, protocol):
-    address = f"{protocol}{tmp_path}/store" if protocol == "file://" else "memory://store"
+@pytest.mark.parametrize("protocol", ["memory", "file", "http"])
+def test_an_address_gives_what_the_folder_gives(tmp_path, protocol, web):
+    address = "memory://store" if protocol == "memory" else f"file://{tmp_path}/store"
     made(tmp_path / "here", [5, 3, 9], address)
+    if protocol == "http":
+        address = web(tmp_path / "store")
     far = Stream([open_folder(address, Cache(folder=tmp_path / "copies", gib=1))], TOKENS, 3, True)
     near = Stream(tmp_path / "here", TOKENS, 3, True)
     for _ in range(2):
@@ -298,6 +300,24 @@ def test_an_index_that_is_not_there_and_a_disk_that_refuses_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"the copy .*cannot be written \(Not a directory\). Set data.cache.folder"):
         open_folder("memory://store", Cache(folder=tmp_path / "file")).open(0)
+
+
+def test_a_cache_that_may_not_be_written_gives_the_copies_it_has_and_is_named_for_others(tmp_path):
+    made(tmp_path / "here", [5, 3], "memory://store")
+    cache = Cache(folder=tmp_path / "copies")
+    cache.folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(cache.folder)], capture_output=True).returncode:
+        assert not os.environ.get("CI"), "CI must be able to mount a tmpfs"
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        open_folder("memory://store", cache).open(0)
+        subprocess.run(["mount", "-o", "remount,ro", str(cache.folder)], check=True)
+        folder = open_folder("memory://store", cache)
+        assert folder.open(0).read(0, 2).tolist() == [0, 0] and folder.copies.fetched_bytes == 0
+        with pytest.raises(DataError, match=rf"the copy {cache.folder}/.*shard-00001.bin cannot be written \(Read-only file system\)\. Set data.cache.folder"):
+            folder.open(1)
+    finally:
+        subprocess.run(["umount", "-l", str(cache.folder)], check=True)
 
 
 def test_a_copy_of_an_earlier_index_is_fetched_anew(tmp_path):

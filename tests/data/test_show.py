@@ -1,5 +1,6 @@
 """What a person sees of prepared data; and every way in which it can be damaged, from a real file to the message and exit code."""
 
+import hashlib
 import json
 import os
 import re
@@ -66,6 +67,8 @@ def test_info_counts_what_is_there(made, capfd):
     lines = {line.split()[0]: line.split(None, 1)[1] for line in text.splitlines()[1:] if " " in line.strip() and " in " not in line[:14]}
     assert lines["source"] == f"{made}/text/*.jsonl (3 files)" and lines["documents"] == "900" and lines["kind"] == "text"
     assert lines["tokens"].startswith(f"{index['num_tokens']:,} of 290 words") and lines["shards"].startswith(f"{len(index['shards'])} of ")
+    hashes = "".join(Shard(folder(made, "train") / shard["file"]).checksum for shard in index["shards"])
+    assert lines["shards"].endswith(f" bytes, sha256 {hashlib.sha256(hashes.encode()).hexdigest()}")
     assert lines["tokenizer"] == f"{made}/bpe, sha256 {index['tokenizer_hash']}"
     bars = [line.split() for line in text.splitlines() if re.match(r" +\d+ to ", line)]
     assert sum(int(bar[3]) for bar in bars) == 900 and [bar[0] for bar in bars] == ["8", "16", "32", "64"][: len(bars)]
