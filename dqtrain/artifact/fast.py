@@ -67,18 +67,29 @@ class FastLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, and the bias."""
-        rows = x.reshape(-1, self.in_features).contiguous()
-        if self.group:
-            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.scales)
-        else:
-            out = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scales)
-        if self.lost is not None:
-            out += rows.view(len(rows), self.lost.shape[1], -1).sum(-1) @ self.lost.T
-        if out.shape[1] > self.out_features:
-            out = out[:, : self.out_features]
-        if self.bias is not None:
-            out += self.bias
-        return out.view(*x.shape[:-1], self.out_features)
+        return product(x, *self.operands)
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What `product` takes behind x."""
+        return self.codes, self.scales, self.lost, self.bias, self.group, self.out_features
+
+
+def product(x: Tensor, codes: Tensor, scales: Tensor, lost: Tensor | None, bias: Tensor | None, group: int, outputs: int) -> Tensor:
+    """What a FastLinear gives."""
+    shape = x.shape
+    rows = x.reshape(-1, shape[-1]).contiguous()
+    if group:
+        out: Tensor = torch._weight_int4pack_mm_for_cpu(rows, codes, group, scales)
+    else:
+        out = torch._weight_int8pack_mm(rows, codes, scales)
+    if lost is not None:
+        out.add_(rows.view(rows.shape[0], lost.shape[1], -1).sum(-1) @ lost.T)
+    if out.shape[1] > outputs:
+        out = out[:, :outputs]
+    if bias is not None:
+        out.add_(bias)
+    return out.view(*shape[:-1], outputs)
 
 
 class FastEmbedding(nn.Embedding):
