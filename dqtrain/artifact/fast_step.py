@@ -25,6 +25,10 @@ PLAIN = {"input_ids", "past_key_values", "attention_mask", "position_ids", "use_
 """What a call may give for one more token; anything else that is set is left to the modules."""
 
 
+ROOM = 256
+"""Tokens for which keys and values get memory at a time."""
+
+
 def shorten_steps(model: PreTrainedModel) -> None:
     """Let a model that `fast.fill` filled read single tokens by its family's graph, if there is one, in place."""
     cls: Any = type(model)
@@ -37,10 +41,33 @@ def shorten_steps(model: PreTrainedModel) -> None:
     def forward(self: Any, *arguments: Any, **given: Any) -> Any:
         if arguments or not self._step.reads(self, given):
             return cls.forward(self, *arguments, **given)
-        return CausalLMOutputWithPast(logits=self._step.read(**given), past_key_values=given["past_key_values"])  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=self._step.read(**given), past_key_values=given["past_key_values"])
 
     model.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
     model._step = step  # type: ignore[assignment]
+
+
+class Growing(DynamicLayer):
+    """Keys and values of a layer with room behind them, where transformers copies all that was read for each token."""
+
+    room: tuple[Tensor, Tensor] | None = None
+    last: Tensor | None = None  # what `keys` was made; something else where beams were sorted or texts cut since
+
+    def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **given: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values [batch, heads, tokens, width], these behind those that were there."""
+        assert self.keys is not None and self.values is not None, "a prompt was read"
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if self.room is None or self.keys is not self.last or end > self.room[0].shape[2]:
+            batch, heads, _, width = self.keys.shape
+            self.room = (self.keys.new_empty(batch, heads, end + ROOM, width), self.values.new_empty(batch, heads, end + ROOM, self.values.shape[3]))
+            self.room[0].narrow(2, 0, start).copy_(self.keys)
+            self.room[1].narrow(2, 0, start).copy_(self.values)
+        keys, values = self.room
+        keys.narrow(2, start, end - start).copy_(key_states)
+        values.narrow(2, start, end - start).copy_(value_states)
+        self.keys, self.values = self.last, _ = keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        return self.keys, self.values
 
 
 class Step(Graph):
@@ -61,7 +88,7 @@ class Step(Graph):
         ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
         if ids is None or ids.shape[1] != 1 or given.get("position_ids") is None or not given.get("use_cache") or model.training:
             return False
-        if not isinstance(cache, DynamicCache) or len(cache.layers) != self._num_layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        if not isinstance(cache, DynamicCache) or len(cache.layers) != self._num_layers or {*map(type, cache.layers)} - {DynamicLayer, Growing}:
             return False
         if mask is not None and tuple(mask.shape) != (len(ids), cache.get_seq_length() + 1):
             return False
@@ -143,7 +170,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, cache: Any,
     """[batch, 1, heads x width]; heads that share keys are as tokens of one head."""
     batch = q.shape[0]
     shape = (batch, kv_num_heads, 1, -1)
-    keys, values = cache.layers[layer].update(k.view(shape), v.view(shape))
+    of_layer = cache.layers[layer]
+    if type(of_layer) is DynamicLayer:
+        of_layer.__class__ = Growing
+    keys, values = of_layer.update(k.view(shape), v.view(shape))
     q = q.view(batch, kv_num_heads, q_num_heads // kv_num_heads, -1)
     return nn.functional.scaled_dot_product_attention(q, keys, values, seen, scale=scale).reshape(batch, 1, -1)
 
