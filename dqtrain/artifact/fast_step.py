@@ -146,8 +146,8 @@ class Step(Graph):
         """A module's product, its bias added."""
         layer = self._modules[module]
         if isinstance(layer, FastLinear):  # looking up its tensors takes as long as adding its bias
-            codes, scales, lost, bias, group, outputs = layer.operands
-            self._nodes.append((lambda x: product(x, codes, scales, lost, bias, group, outputs), (x,), name or module))
+            operands = layer.operands
+            self._nodes.append((lambda x: product(x, *operands), (x,), name or module))
         else:
             self._nodes.append((layer.forward, (x,), name or module))
         return name or module
