@@ -37,6 +37,7 @@ CAUSAL, ENCODER, DECODER = "model.onnx", "encoder.onnx", "decoder.onnx"
 
 Graphs = dict[str, Graph]
 New = Callable[[], Graph]
+Read = Callable[[Graph, Any], "Prompt"]
 
 
 def check_family(config: PretrainedConfig) -> None:
@@ -54,16 +55,17 @@ def check_family(config: PretrainedConfig) -> None:
             )
 
 
-def graphs(config: PretrainedConfig, new: New) -> Graphs:
-    """The graphs of a model by their files' names, each begun by `new`. Raises ConfigError as `check_family`."""
+def graphs(config: PretrainedConfig, new: New, read: Read | None = None) -> Graphs:
+    """The graphs of a model by their files' names, each begun by `new`. `read`: what gives a causal one its tokens. Raises ConfigError as `check_family`."""
     check_family(config)
-    return FAMILIES[config.model_type].write(config, new)
+    write = FAMILIES[config.model_type].write
+    return write(config, new) if config.is_encoder_decoder else write(config, new, read or _prompt)
 
 
 # Causal models
 
 
-class _Prompt(NamedTuple):
+class Prompt(NamedTuple):
     """What a causal model reads."""
 
     ids: str
@@ -71,7 +73,7 @@ class _Prompt(NamedTuple):
     bias: Callable[[int | None], str]  # window -> what is added to scores [batch, 1, tokens, total]
 
 
-def _prompt(g: Graph, config: Any) -> _Prompt:
+def _prompt(g: Graph, config: Any) -> Prompt:
     g.output("logits", ("batch", "tokens", config.vocab_size))
     ids, mask = g.input("input_ids", ("batch", "tokens"), np.int64), g.input("attention_mask", ("batch", "total"), np.int64)
     total, zero, one = g.size(mask, 1), g.constant(0), g.constant([1])
@@ -86,12 +88,12 @@ def _prompt(g: Graph, config: Any) -> _Prompt:
             made[window] = bias_of(g, g.op("And", sees(g, queries, keys, window), real))
         return made[window]
 
-    return _Prompt(ids, positions, bias)
+    return Prompt(ids, positions, bias)
 
 
-def _gpt2(config: Any, new: New) -> Graphs:
+def _gpt2(config: Any, new: New, read: Read) -> Graphs:
     g = new()
-    prompt, act, table, epsilon = _prompt(g, config), ACTIVATIONS[config.activation_function], "transformer.wte.weight", config.layer_norm_epsilon
+    prompt, act, table, epsilon = read(g, config), ACTIVATIONS[config.activation_function], "transformer.wte.weight", config.layer_norm_epsilon
     width = config.n_embd // config.n_head
     x = g.op("Add", g.rows(prompt.ids, table), g.rows(prompt.positions, "transformer.wpe.weight"))
     for i in range(config.n_layer):
@@ -107,9 +109,9 @@ def _gpt2(config: Any, new: New) -> Graphs:
     return {CAUSAL: g}
 
 
-def _rotary(config: Any, new: New) -> Graphs:
+def _rotary(config: Any, new: New, read: Read) -> Graphs:
     g = new()
-    prompt, act, table, epsilon = _prompt(g, config), ACTIVATIONS[config.hidden_act], "model.embed_tokens.weight", config.rms_norm_eps
+    prompt, act, table, epsilon = read(g, config), ACTIVATIONS[config.hidden_act], "model.embed_tokens.weight", config.rms_norm_eps
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = Heads(config.num_attention_heads, config.num_key_value_heads, width, width**-0.5)
     turns = _turns(g, config, width, prompt.positions)
@@ -149,9 +151,9 @@ def _turns(g: Graph, config: Any, width: int, positions: str) -> tuple[str, str]
     return cos, sin
 
 
-def _opt(config: Any, new: New) -> Graphs:
+def _opt(config: Any, new: New, read: Read) -> Graphs:
     g = new()
-    prompt, act, table = _prompt(g, config), ACTIVATIONS[config.activation_function], "model.decoder.embed_tokens.weight"
+    prompt, act, table = read(g, config), ACTIVATIONS[config.activation_function], "model.decoder.embed_tokens.weight"
     width, is_first = config.hidden_size // config.num_attention_heads, config.do_layer_norm_before
     heads = Heads(config.num_attention_heads, config.num_attention_heads, width, width**-0.5)
     x = g.rows(prompt.ids, table)
@@ -345,7 +347,7 @@ def _relative_bias(g: Graph, config: Any, side: str, queries: str, keys: str) ->
 
 
 class _Family(NamedTuple):
-    write: Callable[[Any, New], Graphs]
+    write: Callable[..., Graphs]
     computed: Mapping[str, tuple[Any, ...]]  # settings -> values that the graphs compute
 
 

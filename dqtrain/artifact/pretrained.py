@@ -133,7 +133,7 @@ class PackedQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **given: Any) -> "PreTrainedModel":
-        from dqtrain.artifact import fast, format
+        from dqtrain.artifact import fast, fast_step, format
         from dqtrain.config import ActivationQuant
         from dqtrain.quant.modules import quantize_activations
 
@@ -145,6 +145,7 @@ class PackedQuantizer(HfQuantizer):
         with format.PackedTensors(self.folder, self.about) as packed:
             if mode == "fast":
                 fast.fill(model, packed)
+                fast_step.shorten_steps(model)
             if mode == "exact":
                 known = {name for name, _ in model.named_parameters()}
                 quantize_activations(model, packed.coverage, self.about["activations"] and ActivationQuant(**self.about["activations"]))
