@@ -159,6 +159,12 @@ def _onnx_runtime(folder: Path) -> Write:
     return _by_graphs(OnnxRunner(folder))
 
 
+def _openvino(folder: Path) -> Write:
+    from dqtrain.artifact.openvino_runtime import OpenVinoRunner
+
+    return _by_graphs(OpenVinoRunner(folder))
+
+
 def _by_graphs(runner: Any) -> Write:
     def write(ids: list[list[int]], tokens: int) -> None:
         has_encoder = runner.encoder is not None
@@ -195,7 +201,7 @@ def _vllm(folder: Path) -> Write:
     return write
 
 
-_GGUF, _ONNX = ("gguf", "xllamacpp"), ("onnx", "onnxruntime")
+_GGUF, _ONNX, _OPENVINO = ("gguf", "xllamacpp"), ("onnx", "onnxruntime"), ".venv-openvino"
 
 RUNTIMES = {
     "transformers fp32": Runtime("fp32", 4, _transformers),
@@ -214,12 +220,15 @@ RUNTIMES = {
     "ONNX Runtime 8 bit": Runtime("onnx 8", 1 + 4 / 128, _onnx_runtime, _ONNX),
     "ONNX Runtime 4 bit": Runtime("onnx 4", 0.5 + 4 / 128, _onnx_runtime, _ONNX, "ONNX Runtime 8 bit"),
     "ONNX Runtime 2 bit": Runtime("onnx 2", 0.25 + 4 / 128, _onnx_runtime, _ONNX, "ONNX Runtime 8 bit"),
+    "OpenVINO 8 bit": Runtime("openvino 8", 1, _openvino, environment=_OPENVINO),
+    "OpenVINO 4 bit": Runtime("openvino 4", 0.5, _openvino, wider="OpenVINO 8 bit", environment=_OPENVINO),
+    "OpenVINO 2 bit": Runtime("openvino 2", 0.25, _openvino, wider="OpenVINO 8 bit", environment=_OPENVINO),
     "vLLM bf16": Runtime("bf16", 2, _vllm, environment=".venv-vllm", imports="vllm"),
     "vLLM 8 bit": Runtime("compressed-tensors 8", 1, _vllm, ("compressed_tensors",), head_bytes=2, environment=".venv-vllm", imports="vllm"),
     "vLLM 4 bit": Runtime("compressed-tensors 4", 0.5, _vllm, ("compressed_tensors",), "vLLM 8 bit", 2, ".venv-vllm", "vllm"),
 }
 
-WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data"}
+WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data", ".xml", ".bin"}
 
 LONGEST = 1024
 """Positions of the models."""
@@ -245,7 +254,7 @@ class Shape(NamedTuple):
         return (12 if self.family == "gpt2" else 14) * self.layers[-1] * self.width**2
 
 
-_SEQ2SEQ = ("transformers fp32", "transformers bf16", "packed, exact", "packed, fast", *(name for name in RUNTIMES if name.startswith("ONNX Runtime")))
+_SEQ2SEQ = ("transformers fp32", "transformers bf16", "packed, exact", "packed, fast", *(name for name in RUNTIMES if name.startswith(("ONNX", "OpenVINO"))))
 SHAPES = (
     Shape("gpt2", (12,), 768, 50257, tuple(RUNTIMES)),
     Shape("bart", (6, 6), 768, 50265, _SEQ2SEQ),
@@ -280,7 +289,7 @@ class Table:
             rows = [name for name in shape.rows if name not in self.left_out]
             names = list(dict.fromkeys(RUNTIMES[name].folder for name in rows))
             # The environment for OpenVINO has all that this one has, and writes its files, too.
-            own = ".venv-openvino" if any(RUNTIMES[name].environment == ".venv-openvino" for name in rows) else None
+            own = _OPENVINO if any(RUNTIMES[name].environment == _OPENVINO for name in rows) else None
             with _Worker(own, {**case, "prepare": [shape._asdict(), names]}) as preparing:
                 preparing.ask()
             self.bandwidth = stack.enter_context(_Worker(None, {**case, "bandwidth": True}))
