@@ -195,6 +195,6 @@ class Trainer:
         if self.teacher is not None:
             self.teacher.destroy()
         if self.world.rank == 0:
-            tested["export"] = export(self.run, folder, held_out=self.evaluation.test or self.evaluation.validation, scores=tested)
+            tested["export"] = export(self.run, folder, held_out=self.evaluation.test or self.evaluation.validation, scores=tested, say=self.metrics.say)
             write_text(self.run.result, json.dumps(tested, indent=1))
         barrier()

@@ -48,7 +48,7 @@ def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, 
         _LOAD.get(reader, '```\ndqtrain generate . "Once upon a time"\n```\n').format(auto=auto).rstrip(),
         *(["Activations are float here, and were quantized in training."] if target == "hf" and config.quant and config.quant.activations else []),
         "## Size",
-        f"{figures['bytes']:,} bytes, {figures['ratio']:.2f} times smaller than the {figures['fp32_bytes']:,} bytes of the model in fp32.",
+        f"{size_of(figures)}.",
         "## Scores",
         _table("score", scores.get("test") or {}) or "Not measured: the run has no test split.",
         "## Proof",
@@ -67,6 +67,11 @@ def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, 
         else "Not stated.",
     ]
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def size_of(figures: Mapping[str, Any]) -> str:
+    """What a person is told of an artifact's size (`export.export`'s `figures`)."""
+    return f"{figures['bytes']:,} bytes, {figures['ratio']:.2f} times smaller than the {figures['fp32_bytes']:,} bytes of the model in fp32"
 
 
 def _layout(folder: Path) -> str:

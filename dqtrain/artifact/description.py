@@ -25,6 +25,9 @@ from dqtrain.files import digest, write_text
 
 FORMAT = 4
 LIST_FORMAT = 2
+LIST = "files.json"
+"""The list in a folder of floats or of a GGUF file, whose own formats have no place for one."""
+
 _SEAL = '"xxh3_128": "'
 _ROW = {"kind": None, "quantizer": None, "input_quantizer": None, "reason": None}
 
@@ -85,6 +88,17 @@ def check_list(path: Path) -> list[str]:
     files = json.loads(text)["files"]
     check_files(path, files)
     return list(files)
+
+
+def check_if_listed(path: Path) -> None:
+    """`check_list` of a folder's LIST, or of no more than one file of the folder; where there is no list, or it does not name the file, they come from elsewhere.
+
+    Raises CheckpointError.
+    """
+    listing = (path if path.is_dir() else path.parent) / LIST
+    if listing.is_file():
+        files = json.loads(read_sealed(listing, LIST_FORMAT))["files"]
+        check_files(listing, {name: expected for name, expected in files.items() if path.is_dir() or name == path.name})
 
 
 def read_sealed(path: Path, version: int) -> str:

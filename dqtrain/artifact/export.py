@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.card import write_card
+from dqtrain.artifact.card import size_of, write_card
+from dqtrain.artifact.description import LIST, write_list
 from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed
 from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
@@ -51,13 +52,18 @@ RUNTIMES: dict[Target, Runtime] = {
 
 
 def export(
-    run: RunDir, folder: Path, asked: Export | None = None, held_out: AnyStream | None = None, scores: Mapping[str, Any] | None = None
+    run: RunDir,
+    folder: Path,
+    asked: Export | None = None,
+    held_out: AnyStream | None = None,
+    scores: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Write, verify and only then publish the artifacts of a checkpoint folder: of each target path, sizes and parity, the first one's outside `others`.
 
     `asked`: which targets and how (default: what the run's config says). All of a quantized student are made of the codes of its packed
     artifact, which is written first unless it is there, and no weight but the one at work is in memory. A runtime is compared on `held_out` text. `scores`
-    are for the model cards: step and test (default: those of result.json). Raises ConfigError for what a target cannot hold, CheckpointError when one
+    are for the model cards: step and test (default: those of result.json). `say` is given a line for each artifact that is there. Raises ConfigError for what a target cannot hold, CheckpointError when one
     cannot be written or does not compute what was trained; an older artifact then stays.
     """
     config = run.load_config()
@@ -75,6 +81,8 @@ def export(
             results[target] = _for_runtime(target, run, model, asked, held_out, scores) | {"notes": about[target]}
         elif target not in results:
             results[target] = _hf(run, model, scores)
+    for figures in results.values():
+        say(f"{figures['path']}: {size_of(figures)}")
     last = targets[0] if first not in results else first
     return results.pop(last) | ({"others": results} if results else {})
 
@@ -181,6 +189,7 @@ def _hf(run: RunDir, model: PreTrainedModel, scores: Mapping[str, Any]) -> dict[
         config = json.loads((partial / "config.json").read_text()) | {"architectures": [type(plain).__name__], "dtype": "float32"}
         write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
         write_model_files(partial, {name: (tensor.dtype, tensor.shape) for name, tensor in stored}, tensors())
+        write_list(partial / LIST)
         return _figures(run, "hf", model, partial, _weights_bytes(partial), parity.verify(model, partial, packed), scores)
 
 

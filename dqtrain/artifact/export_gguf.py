@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from dqtrain.artifact.description import LIST, write_list
 from dqtrain.artifact.format import PackedTensors
 from dqtrain.artifact.ggml_blocks import Fit, as_tensor, fit, num_bytes, pack, rows_of, value
 from dqtrain.artifact.gguf_family import family
@@ -162,8 +163,9 @@ class GgufTarget:
         return name in self.placed and self.placed[name].fit.rounds_scales
 
     def write(self, folder: Path) -> None:
-        """Write the file into a folder. Raises ConfigError for a tensor or tokenizer that llama.cpp does not have, OSError."""
+        """Write the file into a folder, and what lists it. Raises ConfigError for a tensor or tokenizer that llama.cpp does not have, OSError."""
         self._write(folder / FILE)
+        write_list(folder / LIST)
 
     def values(self, folder: Path) -> dict[str, Callable[[], Tensor]]:
         """Functions that give each parameter as ggml's own dequantizer reads it."""

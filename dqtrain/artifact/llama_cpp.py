@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dqtrain.artifact.description import check_if_listed
 from dqtrain.errors import CheckpointError, ConfigError
 
 LONGEST = 2048
@@ -123,14 +124,16 @@ def require_runtime() -> None:
 class LlamaCpp:
     """A GGUF file in llama.cpp on this machine's CPU, one sequence at a time. A context manager.
 
-    There is room for `longest` tokens (default: those of its training, but `LONGEST` at most). Keys and values are kept in fp32 where llama.cpp's own default is fp16, with `exact_cache`. Raises ConfigError without `xllamacpp` and for one whose
-    interface is not known, CheckpointError for a file that llama.cpp does not load.
+    There is room for `longest` tokens (default: those of its training, but `LONGEST` at most). Keys and values are kept in fp32 where llama.cpp's own default
+    is fp16, with `exact_cache`. Raises ConfigError without `xllamacpp` and for one whose interface is not known, CheckpointError for a file that is not what the
+    list beside it says, if there is one, and for one that llama.cpp does not load.
     """
 
     def __init__(self, path: Path, exact_cache: bool = False, longest: int | None = None) -> None:
         self._lib = _library()
         self._model = self._context = None
         _said.clear()
+        check_if_listed(path)
         if not path.is_file():
             raise CheckpointError(f"{path}: is no file. Export it with `dqtrain export RUN --to gguf`.")
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TextStreamer
 
 from dqtrain import checkpoint
 from dqtrain.artifact import format
+from dqtrain.artifact.description import check_if_listed
 from dqtrain.artifact.load_compressed import is_compressed, load_compressed
 from dqtrain.artifact.pretrained import DTYPES, METHOD
 from dqtrain.config import ActivationQuant, Generation
@@ -126,7 +127,10 @@ def load_any(path: Path) -> PreTrainedModel:
         return trained_model(run, chosen_checkpoint(run))
     if is_compressed(path):
         return load_compressed(path)
-    return load_artifact(path) if (path / "artifact.json").is_file() else load_model(path)
+    if (path / "artifact.json").is_file():
+        return load_artifact(path)
+    check_if_listed(path)
+    return load_model(path)
 
 
 def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -> PreTrainedModel:
@@ -142,6 +146,7 @@ def load_spread(path: Path, max_memory: Mapping[int | str, int] | None = None) -
         model = _as_trained(meta_model(run.student), run)
         weights = checkpoint.readers(chosen_checkpoint(run), model)
     else:
+        check_if_listed(path)
         model = meta_model(path)
         weights = open_weights(path, model)
     open_head(model)  # before accelerate's hooks, which look at a module's class

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dqtrain.artifact.description import check_if_listed, check_list
 from dqtrain.errors import ConfigError
 from dqtrain.rundir import RunDir
 
@@ -18,13 +19,15 @@ from dqtrain.rundir import RunDir
 def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
     """Serve an artifact, a GGUF file or a model directory until SIGTERM or Ctrl-C; `flags` are for the server's own command line. The exit code, if it returns.
 
-    Raises ConfigError for what no server runs, for a server that is not installed, and for a port that is taken.
+    Files that a list beside them names are looked at first, since no server does. Raises ConfigError for what no server runs, for a server that is not
+    installed, and for a port that is taken, CheckpointError for damage.
     """
     file = path if path.suffix == ".gguf" else path / "model.gguf"
     if RunDir(path).config.is_file():
         raise ConfigError(
             f"{path} is a run. Name one of its artifacts, such as {path}/artifact/packed; `dqtrain export {path} --to gguf` makes one for llama.cpp."
         )
+    check_if_listed(path)
     if not file.is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: is neither a GGUF file nor a model directory. Name an artifact that `dqtrain export` wrote.")
     if not file.is_file() and (path / "onnx.json").is_file():
@@ -32,6 +35,8 @@ def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
             f"{path}: no server that dqtrain knows runs graphs of ONNX. `dqtrain generate {path} PROMPT` does; or serve another target of the run."
         )
     _check_port(host, port)
+    if (path / "compressed-tensors.json").is_file():
+        check_list(path / "compressed-tensors.json")
     if not file.is_file():
         command = _of_directory(path, host, port)
     elif (program := shutil.which("llama-server")) is not None:

@@ -2,14 +2,17 @@
 
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
 from conftest import prepare_one
+from safetensors.torch import load_file, save_file
 from test_packed import about, settings
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -26,10 +29,13 @@ from transformers import (
 )
 
 from dqtrain.artifact import format, parity
+from dqtrain.artifact.description import sealed
 from dqtrain.artifact.export_gguf import GgufTarget
 from dqtrain.artifact.gguf_family import family
 from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
 from dqtrain.artifact.llama_cpp import LlamaCpp
+from dqtrain.artifact.serve import serve
+from dqtrain.cli import main
 from dqtrain.config import Export, Pairs, Quant
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.data.stream import PairStream, Stream
@@ -67,6 +73,8 @@ def test_a_run_ends_with_every_target_that_it_was_asked_for(finished):
     assert parity["weights"]["bit_identical"] == parity["weights"]["tensors"] == 28
     assert parity["as_shipped"]["held_out_text"] and parity["tokenizer"]["texts"] > 0
     assert json.loads((run.path / "artifact/gguf/parity.json").read_text()) == parity
+    for figures in (found, *found["others"].values()):
+        assert f"{figures['path']}: {figures['bytes']:,} bytes, {figures['ratio']:.2f} times smaller than the {figures['fp32_bytes']:,} bytes" in output
     for target in ("packed", "hf"):  # servers choose their code by it, and the teacher's config may not say it
         assert json.loads((run.path / "artifact" / target / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
 
@@ -88,6 +96,74 @@ def test_generate_runs_it(finished):
         assert code == 0, texts[place]
     assert texts["gguf"] == texts["gguf/model.gguf"] and texts["gguf"].startswith("the cat sees")
     assert texts["gguf"] == texts["onnx"] == texts["packed"]  # the words are far enough apart for 8-bit activations of either kind
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def without_a_tensor(path):
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if "h.0.mlp.c_fc.bias" not in name}, path, {"format": "pt"})
+
+
+def edited(path):
+    path.write_text(path.read_text().replace("bytes", "Bytes", 1))
+
+
+def older(path):
+    path.write_text(sealed(['"format": 1', f'"files": {json.dumps(json.loads(path.read_text())["files"])}']))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("hf/model.safetensors", flip_a_bit, r"model\.safetensors: does not have the hash in files\.json; a byte was changed"),
+        ("hf/model.safetensors", cut, r"model\.safetensors: has \d+ bytes, files\.json says \d+; it is truncated or missing"),
+        ("hf/model.safetensors", without_a_tensor, r"model\.safetensors: has \d+ bytes, files\.json says \d+"),
+        ("hf/config.json", Path.unlink, r"config\.json: has 0 bytes, files\.json says \d+; it is truncated or missing"),
+        ("hf/tokenizer.json", flip_a_bit, r"tokenizer\.json: does not have the hash in files\.json"),
+        ("hf/files.json", edited, r"files\.json: does not have the hash in its last line; it was edited or damaged"),
+        ("hf/files.json", older, r"files\.json: has format 1, this dqtrain reads 2"),
+        ("gguf/model.gguf", flip_a_bit, r"model\.gguf: does not have the hash in files\.json; a byte was changed"),
+        ("gguf/model.gguf", cut, r"model\.gguf: has \d+ bytes, files\.json says \d+; it is truncated or missing"),
+        ("gguf/model.gguf", Path.unlink, r"model\.gguf: has 0 bytes, files\.json says \d+; it is truncated or missing"),
+        ("gguf/files.json", older, r"files\.json: has format 1, this dqtrain reads 2"),
+    ],
+)
+def test_folders_without_hashes_of_their_own_have_a_list(name, harm, message, finished, tmp_path, capsys):
+    file = tmp_path / name
+    shutil.copytree(finished[0].path / "artifact" / file.parent.name, file.parent)
+    before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
+    harm(file)
+    refusals = [["generate", str(file.parent), "the"]]
+    refusals.append(["eval", str(file.parent), "--data", __file__] if file.parent.name == "hf" else ["generate", str(file.parent / "model.gguf"), "the"])
+    for command in refusals:
+        assert main(command) == 4 and re.match(f"dqtrain: {tmp_path}.*{message}", capsys.readouterr().err)
+    with pytest.raises(CheckpointError, match=message):
+        serve(file.parent, "127.0.0.1", 0, [])
+    if harm is flip_a_bit and file.name != "tokenizer.json":  # what it was that the list alone knows, and a folder from elsewhere has none
+        (file.parent / "files.json").unlink()
+        assert main(["generate", str(file.parent), "the", "--tokens", "2"]) == 0
+    for other, content in before.items():  # what a person adds, and the card, is nobody's business
+        (file.parent / other).write_bytes(content)
+    (file.parent / "README.md").write_text("# mine\n")
+    assert main(["generate", str(file.parent), "the", "--tokens", "2"]) == 0
+
+
+def test_a_file_that_the_list_beside_it_does_not_name_is_loaded(finished, tmp_path):
+    folder = tmp_path / "gguf"
+    shutil.copytree(finished[0].path / "artifact/gguf", folder)
+    shutil.copy(folder / "model.gguf", folder / "mine.gguf")
+    cut(folder / "model.gguf")
+    with LlamaCpp(folder / "mine.gguf") as runtime:
+        assert runtime.generate("the cat", 2).startswith("the cat")
 
 
 # Models of every family, trained in this process
@@ -288,12 +364,6 @@ def test_what_is_inexact_is_refused_or_said(student, tmp_path):
     weights = to_gguf(made, tmp_path, allow_inexact=True)["weights"]
     assert weights["types"] == {"F32": 4, "Q4_0": 5, "Q8_0": 1}
     assert weights["tensors"] - weights["bit_identical"] <= 6 and 0 < weights["largest_relative_difference"] < 5e-4
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
 
 
 def test_verify_notices_a_flipped_bit(student, tmp_path):
