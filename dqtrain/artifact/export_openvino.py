@@ -30,7 +30,7 @@ from dqtrain.quant.modules import Coverage
 
 
 def check_openvino(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
-    """What a person should know of the files before training, one line each. Raises ConfigError for models that they cannot hold and for what is not installed."""
+    """What a person should know of the files before training, one line each. Raises ConfigError for what they cannot hold and for what is not installed."""
     found = check_graphs(DIGITS, config, coverage, asked)
     openvino_package()
     onnx_package()
@@ -59,17 +59,17 @@ class OpenVinoTarget(GraphTarget):
         return {name: functools.partial(self._value, name, read) for name, read in read_values(folder).items()}
 
     def _value(self, name: str, read: Callable[[], np.ndarray]) -> Tensor:
-        quantizer = self.packed.quantized.get(name)
-        return torch.from_numpy(read()) if quantizer is None else as_tensor(read(), quantizer)
+        is_float = name not in self.placed or self.placed[name].fit.is_float
+        return torch.from_numpy(read()) if is_float else as_tensor(read(), self.packed.quantized[name])
 
     @contextmanager
     def with_float_activations(self, folder: Path, longest: int) -> Iterator[OpenVinoRunner]:
-        """OpenVINO on the same files, told to compute in fp32."""
+        """OpenVINO on the same files, told to quantize nothing."""
         yield OpenVinoRunner(folder, IN_FP32)
 
     @contextmanager
     def as_shipped(self, folder: Path, longest: int) -> Iterator[OpenVinoRunner]:
-        """OpenVINO on the files, with its own settings."""
+        """OpenVINO on the files, with activations of 8 bits."""
         yield OpenVinoRunner(folder)
 
     def stored_bytes(self, folder: Path) -> dict[str, int]:

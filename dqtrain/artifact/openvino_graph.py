@@ -54,17 +54,22 @@ class IrGraph(Graph):
         """x [..., inputs] -> [..., outputs] of a module, its bias added; with the `weight` of that name, if another. `is_transposed`: a float one is [inputs, outputs]."""
         weight = weight or f"{module}.weight"
         bias = f"{module}.bias" if self.has(f"{module}.bias") else None
-        place = self.weights.get(weight)
-        matrix = self.vector(weight) if place is None else self._read(weight, "linear", place.shape)
-        if place is not None or not is_transposed:
+        matrix = self._matrix(weight, "linear")
+        if self._is_in_digits(weight) or not is_transposed:
             matrix = self.op("Transpose", matrix, perm=[1, 0])
         product = self.op("MatMul", x, matrix, name=name if bias is None else None)
         return product if bias is None else self.op("Add", product, self.vector(bias), name=name)
 
     def rows(self, ids: str, weight: str) -> str:
         """Rows of a table by their numbers: ids [...] -> [..., columns]."""
-        place = self.weights.get(weight)
-        return self.op("Gather", self.vector(weight) if place is None else self._read(weight, "rows", place.shape), ids)
+        return self.op("Gather", self._matrix(weight, "rows"), ids)
+
+    def _is_in_digits(self, weight: str) -> bool:
+        return weight in self.weights and not self.weights[weight].fit.is_float
+
+    def _matrix(self, weight: str, use: str) -> str:
+        """A weight, [outputs, inputs] where it is in digits."""
+        return self._read(weight, use, self.weights[weight].shape) if self._is_in_digits(weight) else self.vector(weight)
 
     def converted(self) -> Any:
         """OpenVINO's model, in which inputs called USE:TENSOR stand for what is stored."""

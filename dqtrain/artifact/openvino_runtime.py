@@ -19,8 +19,11 @@ DESCRIPTION = "openvino.json"
 CAUSAL, ENCODER, DECODER = "model.xml", "encoder.xml", "decoder.xml"
 """Files of graphs."""
 
-IN_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-"""Settings with which OpenVINO rounds nothing on the way; its own are bf16 where a processor has that, and activations of 8 bits."""
+AS_SHIPPED: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+"""Settings of OpenVINO's plugin that differ from its own: where a processor has bf16 that would be used throughout, which moves logits by more than activations of 8 bits do."""
+
+IN_FP32 = AS_SHIPPED | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+"""With which it rounds nothing on the way, where it quantizes activations to 8 bits else."""
 
 
 def _read(path: Path) -> Any:
@@ -77,9 +80,11 @@ class OpenVinoSession:
     """A graph in OpenVINO."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        compiled = _compiled(_read(path), path, settings)
+        model = _read(path)
+        compiled = _compiled(model, path, settings)
         self.inputs = {value.any_name: [size.get_length() if size.is_static else None for size in value.partial_shape] for value in compiled.inputs}
-        self._outputs = [(value.any_name, value) for value in compiled.outputs]
+        names = [value.any_name for value in model.outputs]  # which have other names, too, where nothing was left to compute behind them
+        self._outputs = list(zip(names, compiled.outputs, strict=True))
         self._request = compiled.create_infer_request()
 
     def run(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,13 +98,13 @@ class OpenVinoSession:
 
 
 class OpenVinoRunner(GraphRunner):
-    """The files of the openvino target in OpenVINO on this machine's CPU, as many threads as torch has; `settings` are of its plugin, such as `IN_FP32`.
+    """The files of the openvino target in OpenVINO on this machine's CPU, as many threads as torch has; `settings` are of its plugin: `AS_SHIPPED` or `IN_FP32`.
 
     Raises ConfigError without `openvino`, CheckpointError for damaged files.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any] = AS_SHIPPED) -> None:
         openvino_package()
         paths = {name: folder / name for name in check_list(folder / DESCRIPTION) if name.endswith(".xml")}
-        sessions = {name: OpenVinoSession(path, settings or {}) for name, path in paths.items()}
+        sessions = {name: OpenVinoSession(path, settings) for name, path in paths.items()}
         super().__init__(folder, sessions[DECODER if DECODER in paths else CAUSAL], sessions.get(ENCODER))

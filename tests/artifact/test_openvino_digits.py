@@ -22,10 +22,13 @@ from dqtrain.quant.modules import quantize_model
 SHAPES = {  # name: granularity, group size, columns
     "a scale for all": ("per_tensor", None, 256),
     "rows": ("per_row", None, 96),
-    "rows that bytes do not divide": ("per_row", None, 33),
+    "rows of half bytes": ("per_row", None, 33),
+    "rows of quarters of bytes": ("per_row", None, 34),
+    "short rows": ("per_row", None, 12),
     "groups of 128": ("per_group", 128, 256),
-    "groups of 11": ("per_group", 11, 33),
-    "a group": ("per_group", 48, 48),
+    "groups of 8": ("per_group", 8, 40),
+    "groups of 256": ("per_group", 256, 768),
+    "one group": ("per_group", 48, 48),
 }
 
 
@@ -59,24 +62,36 @@ def test_constants_are_the_trained_values(grid, row_axis):
 
 
 @pytest.mark.parametrize(
-    ("grid", "bits", "type", "zero_points", "why"),
+    ("grid", "bits", "columns", "type", "zero_points", "why"),
     [
-        ("dynamic", "ternary", "u2", "u2", None),
-        ("lsq", 2, "u2", "u2", None),
-        ("seq", 2, "u2", "f32", None),  # half a step beside the integers: 1.5
-        ("mean43", 1, "u2", "f32", "2 levels take 2 bits each"),
-        ("dynamic", 3, "i4", None, "7 levels take 4 bits each; there are digits of 2, 4 and 8"),
-        ("dynamic", 4, "i4", None, None),
-        ("affine", 4, "u4", "u4", None),
-        ("dynamic", 8, "i8", None, None),
-        ("affine", 8, "u8", "u8", None),
+        ("lsq", 2, 34, "i4", None, "rows of 34 are no whole bytes of 2 bits, and OpenVINO multiplies such rows wrongly"),
+        ("seq", 2, 33, "u8", "f32", "rows of 33 are no whole bytes of 2 bits"),
+        ("affine", 4, 33, "u8", "u8", "rows of 33 are no whole bytes of 4 bits"),
+        ("dynamic", "ternary", 44, "u2", "u2", None),
+        ("lsq", 2, 44, "u2", "u2", None),
+        ("seq", 2, 44, "u2", "f32", None),  # half a step beside the integers: 1.5
+        ("mean43", 1, 44, "u2", "f32", "2 levels take 2 bits each"),
+        ("dynamic", 3, 44, "i4", None, "7 levels take 4 bits each; there are digits of 2, 4 and 8"),
+        ("dynamic", 4, 44, "i4", None, None),
+        ("affine", 4, 44, "u4", "u4", None),
+        ("dynamic", 8, 44, "i8", None, None),
+        ("affine", 8, 44, "u8", "u8", None),
     ],
 )
-def test_the_fewest_bits(grid, bits, type, zero_points, why):
+def test_the_fewest_bits(grid, bits, columns, type, zero_points, why):
     quantizer = quantizer_of(grid, bits, "per_row", None)
-    found = fit(quantizer, 44)
+    found = fit(quantizer, columns)
     assert found.type == type and (why in found.why if why else found.why is None)
-    assert parts(quantizer, found, (7, 44), False).get(".zero_point", (None,))[0] == zero_points
+    assert parts(quantizer, found, (7, columns), False).get(".zero_point", (None,))[0] == zero_points
+
+
+@pytest.mark.parametrize("group", [3, 4, 24, 40, 96, 192])
+def test_groups_that_openvino_multiplies_wrongly_are_floats(group):
+    quantizer = quantizer_of("dynamic", 4, "per_group", group)
+    found = fit(quantizer, 3 * group)
+    assert found.is_float and f"groups of {group} are multiplied wrongly" in found.why
+    assert parts(quantizer, found, (7, 3 * group), False) == {"": ("f32", (7, 3 * group))}
+    assert not fit(quantizer, group).is_float
 
 
 def coverage_of(quant):
