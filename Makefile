@@ -2,7 +2,7 @@
 # make seq2seq-quickstart  the same with an encoder-decoder: Python functions -> what they do
 # make test         install, then lint, import rules, types and the fast tests
 # make check        make test, then the long tests; what CI runs
-# make runtimes     vLLM in an environment of its own (.venv-vllm, 1 GB to fetch), held to what was trained; not in make check
+# make runtimes     vLLM and OpenVINO in environments of their own (.venv-vllm, .venv-openvino; 1 GB to fetch), held to what was trained; not in make check
 # make soak         hours: a run killed again and again (KILLS=200 SEED=1)
 #
 # Another torch build:  make quickstart TORCH="--index-url URL_OF_THAT_BUILD torch==2.13.0"
@@ -62,8 +62,21 @@ $(VLLM_STAMP):
 	.venv-vllm/bin/python -c 'from vllm import LLM' || { echo "vLLM was installed, but cannot be imported: see above"; exit 1; }
 	touch $(VLLM_STAMP)
 
-runtimes: $(STAMP) $(VLLM_STAMP)
-	echo "pytest, vLLM";  $(BIN)/pytest tests/runtimes
+# It sees what .venv has.
+OPENVINO ?= openvino==2026.4.1
+OPENVINO_STAMP := .venv-openvino/installed-$(firstword $(shell echo '$(OPENVINO)' | cksum))
+$(OPENVINO_STAMP): $(STAMP)
+	echo "installing $(OPENVINO) into .venv-openvino"
+	$(BIN)/python -m venv --clear .venv-openvino
+	folder=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	echo "import site; site.addsitedir('$$folder')" >"$$(.venv-openvino/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dqtrain-base.pth"
+	.venv-openvino/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt $(OPENVINO) || { echo "OpenVINO could not be installed, so that nothing was tested in it. Where a wheel lies here: make runtimes OPENVINO='--find-links FOLDER openvino==2026.4.1'"; exit 1; }
+	.venv-openvino/bin/python -c 'import openvino, dqtrain' || { echo "OpenVINO was installed, but cannot be imported: see above"; exit 1; }
+	touch $(OPENVINO_STAMP)
+
+runtimes: $(STAMP) $(VLLM_STAMP) $(OPENVINO_STAMP)
+	echo "pytest, vLLM";  $(BIN)/pytest tests/runtimes/test_vllm.py
+	echo "pytest, OpenVINO";  .venv-openvino/bin/python -m pytest tests/runtimes/test_openvino.py
 
 KILLS ?= 200
 SEED ?= 1

@@ -288,7 +288,7 @@ def _artifacts(commands: Commands) -> None:
     generate.add_argument(
         "model",
         type=Path,
-        help="packed artifact, GGUF file or its folder (llama.cpp runs it), folder of an onnx target (ONNX Runtime does), Hugging Face directory "
+        help="packed artifact, GGUF file or its folder (llama.cpp runs it), folder of an onnx or openvino target (ONNX Runtime or OpenVINO does), Hugging Face directory "
         "(also of compressed-tensors), hub id hf:NAME@COMMIT or finished run",
     )
     generate.add_argument("prompt", help="text to go on from; for an encoder-decoder the source, in the template of its training")

@@ -464,6 +464,13 @@ def _generate(path: Path, prompt: str, tokens: int, mode: str | None, other: Pat
                 raise ConfigError(f"--mode is for packed artifacts, but ONNX Runtime runs {model}. Leave it out.")
             OnnxRunner(model).generate(prompt, tokens, stream=True)
             continue
+        if (model / "openvino.json").is_file():
+            from dqtrain.artifact.openvino_runtime import OpenVinoRunner
+
+            if mode and model == path:
+                raise ConfigError(f"--mode is for packed artifacts, but OpenVINO runs {model}. Leave it out.")
+            OpenVinoRunner(model).generate(prompt, tokens, stream=True)
+            continue
         from dqtrain.artifact.load import complete, load_artifact, load_spread
 
         run = RunDir(model)

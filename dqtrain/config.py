@@ -543,14 +543,14 @@ class Checkpoint(Block):
     """Those of steps that this divides are kept as well; null: none."""
 
 
-Target = Literal["packed", "gguf", "onnx", "compressed-tensors", "hf"]
+Target = Literal["packed", "gguf", "onnx", "openvino", "compressed-tensors", "hf"]
 
 
 class Export(Block):
     checkpoint: Literal["last", "best"] = "last"
     """Which checkpoint is tested and exported: the last, or the one with the lowest validation loss."""
     targets: tuple[Target, ...] | None = None
-    """What is made of it: packed codes, a GGUF file for llama.cpp, graphs for ONNX Runtime, a directory of compressed-tensors for transformers or vLLM, a Hugging Face directory of floats;
+    """What is made of it: packed codes, a GGUF file for llama.cpp, graphs for ONNX Runtime or OpenVINO, a directory of compressed-tensors for transformers or vLLM, a Hugging Face directory of floats;
     null: packed, or hf for a student that is not quantized."""
     gguf: Literal["smallest", "fastest"] = "smallest"
     """Blocks of ternary weights in a GGUF file: TQ1_0, 1.7 bits each, or TQ2_0, 2.1 bits, which llama.cpp runs faster."""

@@ -23,6 +23,9 @@ _LOAD: dict[str, str] = {
     "compressed-tensors": "With `pip install compressed-tensors`:\n\n"
     '```python\nfrom transformers import {auto}, AutoTokenizer\nmodel, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```\n',
     "vllm": "```\nvllm serve .\n```\n\nor `dqtrain serve .`, which looks for the same program.\n",
+    "openvino": "With `pip install openvino`; every graph of the folder reads `model.bin`:\n\n"
+    '```python\nimport openvino\nmodel = openvino.compile_model(openvino.Core().read_model("{graph}", "model.bin"), "CPU", {settings})\n```\n\n'
+    'or `dqtrain generate . "Once upon a time"`.\n',
     "gguf": '```\nllama-cli -m model.gguf -p "Once upon a time"\n```\n',
 }
 
@@ -45,7 +48,9 @@ def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, 
         f"# {run.path.name}, {target}",
         f"Trained by dqtrain for {scores['step']:,} steps{f', taught by {teacher}' if teacher else ''}.",
         "## Use",
-        _LOAD.get(reader, '```\ndqtrain generate . "Once upon a time"\n```\n').format(auto=auto).rstrip(),
+        _LOAD.get(reader, '```\ndqtrain generate . "Once upon a time"\n```\n')
+        .format(auto=auto, graph="decoder.xml" if is_encoder_decoder else "model.xml", settings={"INFERENCE_PRECISION_HINT": "f32"})
+        .rstrip(),
         *(["Activations are float here, and were quantized in training."] if target == "hf" and config.quant and config.quant.activations else []),
         "## Size",
         f"{size_of(figures)}.",
@@ -81,7 +86,9 @@ def _layout(folder: Path) -> str:
 
 def _front_matter(config: RunConfig, target: Target, reader: str, licence: str | None, is_encoder_decoder: bool) -> str:
     quant = config.quant
-    content: dict[str, Any] = {"library_name": {"packed": "dqtrain", "gguf": "llama.cpp", "onnx": "onnxruntime", "vllm": "vllm"}.get(reader, "transformers")}
+    content: dict[str, Any] = {
+        "library_name": {"packed": "dqtrain", "gguf": "llama.cpp", "onnx": "onnxruntime", "openvino": "openvino", "vllm": "vllm"}.get(reader, "transformers")
+    }
     if licence:
         content["license"] = licence
     name = _hub_name(config.teacher.path) if config.teacher else None

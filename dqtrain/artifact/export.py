@@ -19,6 +19,7 @@ from dqtrain.artifact.description import LIST, write_list
 from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed
 from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
+from dqtrain.artifact.export_openvino import OpenVinoTarget, check_openvino, describe_openvino
 from dqtrain.artifact.load import trained_in_files
 from dqtrain.artifact.pretrained import name_in_config
 from dqtrain.artifact.size import export_about
@@ -46,6 +47,7 @@ class Runtime(NamedTuple):
 RUNTIMES: dict[Target, Runtime] = {
     "gguf": Runtime(check_gguf, describe_gguf, GgufTarget),
     "onnx": Runtime(check_onnx, describe_onnx, OnnxTarget),
+    "openvino": Runtime(check_openvino, describe_openvino, OpenVinoTarget),
     "compressed-tensors": Runtime(check_compressed, describe_compressed, CompressedTarget),
 }
 """Targets that a program of its own runs, each proven in it (`parity.verify_target`)."""

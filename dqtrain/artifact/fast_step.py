@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dqtrain.artifact.fast import FastEmbedding, FastLinear, product
-from dqtrain.artifact.onnx_family import Prompt, graphs
+from dqtrain.artifact.onnx_family import Prompt, check_family, graphs
 from dqtrain.artifact.onnx_graph import Graph
 from dqtrain.errors import ConfigError
 
@@ -81,6 +81,7 @@ class Step(Graph):
         self._values: dict[str, Any] = {}  # that are the same for all tokens
         self._nodes: list[tuple[Callable[..., Any], Sequence[str], str]] = []  # function, inputs, output
         self._num_layers = 0
+        check_family(model.config, "packed")
         graphs(model.config, lambda: self, lambda g, config: Prompt("ids", "positions", _seen))
 
     def reads(self, model: Any, given: dict[str, Any]) -> bool:

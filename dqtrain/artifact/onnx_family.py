@@ -30,6 +30,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from dqtrain.artifact.onnx_graph import Graph
 from dqtrain.artifact.onnx_layers import ACTIVATIONS, Heads, attention, bias_of, counted, for_each, is_real, layer_norm, logits, rms_norm, sees
+from dqtrain.config import Target
 from dqtrain.errors import ConfigError
 
 CAUSAL, ENCODER, DECODER = "model.onnx", "encoder.onnx", "decoder.onnx"
@@ -40,24 +41,23 @@ New = Callable[[], Graph]
 Read = Callable[[Graph, Any], "Prompt"]
 
 
-def check_family(config: PretrainedConfig) -> None:
-    """Raise ConfigError for a model that the graphs do not compute as transformers does."""
+def check_family(config: PretrainedConfig, target: Target) -> None:
+    """Raise ConfigError for a model that the graphs, written for a target, do not compute as transformers does."""
     kind = config.model_type
     if kind not in FAMILIES:
-        raise ConfigError(f"the onnx target writes {', '.join(FAMILIES)}, and this model is {kind}. Use the target packed, or hf.")
+        raise ConfigError(f"the {target} target writes {', '.join(FAMILIES)}, and this model is {kind}. Use the target packed, or hf.")
     computed = {name: values for name, values in FAMILIES[kind].computed.items() if hasattr(config, name)}
     rope = getattr(config, "rope_parameters", None) or {}
     found = {name: getattr(config, name) for name in computed} | rope
     for name, values in (computed | (_ROPE if rope else {})).items():
         if name in found and found[name] not in values:
             raise ConfigError(
-                f"the onnx target: {name} of this {kind} is {found[name]}, but its graph computes {', '.join(map(str, values))}. Use the target packed, or hf."
+                f"the {target} target: {name} of this {kind} is {found[name]}, but its graph computes {', '.join(map(str, values))}. Use the target packed, or hf."
             )
 
 
 def graphs(config: PretrainedConfig, new: New, read: Read | None = None) -> Graphs:
-    """The graphs of a model by their files' names, each begun by `new`. `read`: what gives a causal one its tokens. Raises ConfigError as `check_family`."""
-    check_family(config)
+    """The graphs of a model that `check_family` takes, by their files' names, each begun by `new`. `read`: what gives a causal one its tokens."""
     write = FAMILIES[config.model_type].write
     return write(config, new) if config.is_encoder_decoder else write(config, new, read or _prompt)
 

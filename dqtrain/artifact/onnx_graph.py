@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dqtrain.artifact.onnx_blocks import Fit
 from dqtrain.errors import ConfigError
 
 WEIGHTS = "model.onnx.data"
@@ -46,7 +45,7 @@ class Weight(NamedTuple):
     """A quantized weight [outputs, inputs] and the blocks that hold it."""
 
     shape: tuple[int, int]
-    fit: Fit
+    fit: Any  # as its target's `graph_target.Digits.fit` gives it
 
 
 class Graph:

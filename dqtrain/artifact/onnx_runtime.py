@@ -1,22 +1,18 @@
 """ONNX Runtime on the files of the onnx target: what it reads out of them, logits, and text."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, TextStreamer
 
 from dqtrain.artifact.description import check_list
-from dqtrain.artifact.load import read_prompt
+from dqtrain.artifact.graph_runner import GraphRunner
 from dqtrain.artifact.onnx_family import CAUSAL, DECODER, ENCODER
 from dqtrain.artifact.onnx_graph import CONTRIB, in_model, onnx_package
-from dqtrain.data.prepare import encode_sources, load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
-from dqtrain.models.making import read_model_config
 
 DESCRIPTION = "onnx.json"
 """What lists the other files (`description.write_list`)."""
@@ -105,7 +101,26 @@ def _dequantized(folder: Path, node: Any, codes: Any, stored: Mapping[str, Any],
 # Its logits
 
 
-class OnnxRunner:
+class OnnxSession:
+    """A graph in ONNX Runtime."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.inputs = {found.name: found.shape for found in session.get_inputs()}
+        self._names = [found.name for found in session.get_outputs()]
+        self._value = require_runtime().OrtValue.ortvalue_from_numpy
+
+    def run(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Its outputs, OrtValues, which are not copied."""
+        feeds = {name: self._value(value) if isinstance(value, np.ndarray) else value for name, value in given.items()}
+        return dict(zip(self._names, self.session.run_with_ort_values(self._names, feeds), strict=True))
+
+    def array(self, value: Any) -> np.ndarray:
+        """One of them."""
+        return value.numpy()
+
+
+class OnnxRunner(GraphRunner):
     """The files of the onnx target in ONNX Runtime on this machine's CPU, as many threads as torch has.
 
     With an `accuracy_level` of 0 products are of fp32, where the files' own 4 lets the runtime quantize activations to 8 bits in blocks. Raises ConfigError
@@ -113,12 +128,10 @@ class OnnxRunner:
     """
 
     def __init__(self, folder: Path, accuracy_level: int | None = None) -> None:
-        self.folder = folder
         require_runtime()
         graphs = {name: self._graph(folder / name, accuracy_level) for name in check_list(folder / DESCRIPTION) if name.endswith(".onnx")}
-        self.config = read_model_config(folder)
-        self.decoder = _session(folder, graphs[DECODER if DECODER in graphs else CAUSAL])
-        self.encoder = _session(folder, graphs[ENCODER]) if ENCODER in graphs else None
+        sessions = {name: OnnxSession(_session(folder, graph)) for name, graph in graphs.items()}
+        super().__init__(folder, sessions[DECODER if DECODER in graphs else CAUSAL], sessions.get(ENCODER))
 
     @staticmethod
     def _graph(path: Path, accuracy_level: int | None) -> Any:
@@ -130,82 +143,3 @@ class OnnxRunner:
                 if attribute.name == "accuracy_level":
                     attribute.i = accuracy_level
         return model
-
-    def start(self, source: Sequence[Sequence[int]] | None = None, batch: int = 1) -> "Reading":
-        """Begin texts, for an encoder-decoder with the ids of their sources, all of one length."""
-        return Reading(self, source, batch)
-
-    def logits(self, ids: Sequence[int], source: Sequence[int] | None = None, one_by_one: bool = False) -> Tensor:
-        """Logits behind each token of a decoder, fp32 [tokens, vocabulary], in one pass or token `one_by_one`; `source` is what the encoder reads first."""
-        reading = self.start(None if source is None else [source])
-        parts = [[token] for token in ids] if one_by_one else [list(ids)]
-        return torch.cat([torch.from_numpy(reading.read([part])[0]) for part in parts])
-
-    def generate(self, prompt: str, tokens: int, stream: bool = False) -> str:
-        """The prompt and its greedy continuation of up to `tokens` tokens, as `load.complete` gives it; printed as it is written with `stream`. Raises ConfigError."""
-        tokenizer, longest = load_tokenizer(self.folder), getattr(self.config, "max_position_embeddings", None)
-        file = self.folder / "generation_config.json"
-        search: Any = GenerationConfig.from_pretrained(self.folder) if file.is_file() else GenerationConfig.from_model_config(self.config)
-        is_chat, forced = False, None
-        if self.encoder is not None:
-            source = encode_sources(tokenizer, [prompt], longest or 2**20, True)
-            start = getattr(self.config, "decoder_start_token_id", None)
-            ids = [search.decoder_start_token_id if start is None else start]
-            ends, forced, room = [tokenizer.eos_token_id], search.forced_bos_token_id, tokens
-            forced = None if forced == tokenizer.bos_token_id else forced
-            reading = self.start(source)
-        else:
-            ids, is_chat = read_prompt(tokenizer, prompt)
-            ends = search.eos_token_id if isinstance(search.eos_token_id, list) else [search.eos_token_id]
-            reading, room = self.start(), len(ids) + tokens
-        if longest is not None and room > longest:
-            read = "" if self.encoder is not None else f"the prompt has {len(ids)} tokens and "
-            raise ConfigError(f"{read}{tokens} tokens are asked, but {self.folder} has {longest} positions; ask for fewer.")
-        shown = [] if is_chat or self.encoder is not None else ids
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
-        if streamer is not None and shown:
-            streamer.put(torch.tensor(shown))
-        written: list[int] = []
-        while len(written) < tokens and not set(written[-1:]) & set(ends):
-            scores = reading.read([written[-1:] or ids])[0, -1]
-            written.append(int(scores.argmax()) if forced is None or written else forced)
-            if streamer is not None:
-                streamer.put(torch.tensor(written[-1:]))
-        if streamer is not None:
-            streamer.end()
-        return tokenizer.decode([*shown, *written], skip_special_tokens=True)
-
-
-class Reading:
-    """Texts that are read on, with the keys and values of what was read."""
-
-    def __init__(self, runner: OnnxRunner, source: Sequence[Sequence[int]] | None, batch: int) -> None:
-        self._value = require_runtime().OrtValue.ortvalue_from_numpy
-        self._decoder = runner.decoder
-        self._num_read, self._batch = 0, batch if source is None else len(source)
-        self._kept = {}  # what every pass is given as it is
-        if source is not None:
-            assert runner.encoder is not None, "a causal model reads no source"
-            mask = np.ones((len(source), len(source[0])), np.int64)
-            names = [output.name for output in runner.encoder.get_outputs()]
-            given = {"input_ids": self._value(np.array(source, np.int64)), "attention_mask": self._value(mask)}
-            found = runner.encoder.run_with_ort_values(names, given)
-            self._kept = {name.replace("present", "past_key_values"): value for name, value in zip(names, found, strict=True)}
-            self._kept["encoder_attention_mask"] = self._value(mask)
-        inputs = {found.name: found.shape for found in self._decoder.get_inputs()}
-        self._names = [found.name for found in self._decoder.get_outputs()]
-        self._has_mask = "attention_mask" in inputs
-        empty = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values") and name not in self._kept}
-        self._past = {name: self._value(np.zeros((self._batch, shape[1], 0, shape[3]), np.float32)) for name, shape in empty.items()}
-
-    def read(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """Logits behind each of these tokens, fp32 [batch, tokens, vocabulary]."""
-        given = np.array(ids, np.int64)
-        self._num_read += given.shape[1]
-        feeds = {"input_ids": self._value(given), **self._kept, **self._past}
-        if self._has_mask:
-            feeds["attention_mask"] = self._value(np.ones((self._batch, self._num_read), np.int64))
-        found = dict(zip(self._names, self._decoder.run_with_ort_values(self._names, feeds), strict=True))
-        logits = found.pop("logits").numpy()
-        self._past = {name.replace("present", "past_key_values"): value for name, value in found.items()}
-        return logits

@@ -30,9 +30,10 @@ def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
     check_if_listed(path)
     if not file.is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: is neither a GGUF file nor a model directory. Name an artifact that `dqtrain export` wrote.")
-    if not file.is_file() and (path / "onnx.json").is_file():
+    runtime = next((name for name, listed in (("ONNX", "onnx.json"), ("OpenVINO", "openvino.json")) if (path / listed).is_file()), None)
+    if not file.is_file() and runtime is not None:
         raise ConfigError(
-            f"{path}: no server that dqtrain knows runs graphs of ONNX. `dqtrain generate {path} PROMPT` does; or serve another target of the run."
+            f"{path}: no server that dqtrain knows runs graphs of {runtime}. `dqtrain generate {path} PROMPT` does; or serve another target of the run."
         )
     _check_port(host, port)
     if (path / "compressed-tensors.json").is_file():

@@ -85,10 +85,11 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.yaml").touch()
     (tmp_path / "a.gguf").touch()
-    for name, text in {"cut": '{"model_type": "lla', "list": "[]", "odd": '{"quantization_config": [1]}', "onnx": "{}"}.items():
+    for name, text in {"cut": '{"model_type": "lla', "list": "[]", "odd": '{"quantization_config": [1]}', "onnx": "{}", "openvino": "{}"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
     (tmp_path / "onnx/onnx.json").touch()
+    (tmp_path / "openvino/openvino.json").touch()
     for package in ("fastapi", "uvicorn", "openai"):
         monkeypatch.setitem(sys.modules, package, None)
     for name, flags, message in [
@@ -100,6 +101,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         ("list", [], r"list/config.json: is no model's config that can be read"),
         ("odd", [], r"odd/config.json: is no model's config that can be read"),
         ("onnx", [], r"no server that dqtrain knows runs graphs of ONNX. `dqtrain generate .*onnx PROMPT` does"),
+        ("openvino", [], r"no server that dqtrain knows runs graphs of OpenVINO. `dqtrain generate .*openvino PROMPT` does"),
         ("none", [], r"is neither a GGUF file nor a model directory"),
         ("a.gguf", ["--verbose"], r"--verbose: these are flags of llama-server, of which there is none on PATH"),
     ]:

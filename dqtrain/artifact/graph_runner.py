@@ -1,0 +1,112 @@
+"""Texts that are read and written by programs which run dqtrain's own graphs (`onnx_family`), with the keys and values of what was read."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, TextStreamer
+
+from dqtrain.artifact.load import read_prompt
+from dqtrain.data.prepare import encode_sources, load_tokenizer
+from dqtrain.errors import ConfigError
+from dqtrain.models.making import read_model_config
+
+
+class Session(Protocol):
+    """A graph that a program has loaded."""
+
+    @property
+    def inputs(self) -> Mapping[str, Sequence[Any]]:
+        """Names and shapes; what varies is no number."""
+        ...
+
+    def run(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Its outputs: arrays of the program's, which it may be given again beside those of numpy."""
+        ...
+
+    def array(self, value: Any) -> np.ndarray:
+        """One of them."""
+        ...
+
+
+class GraphRunner:
+    """A student in a program that runs graphs: a decoder, and perhaps an encoder, beside the config and tokenizer of `folder`."""
+
+    def __init__(self, folder: Path, decoder: Session, encoder: Session | None) -> None:
+        self.folder, self.decoder, self.encoder = folder, decoder, encoder
+        self.config = read_model_config(folder)
+
+    def start(self, source: Sequence[Sequence[int]] | None = None, batch: int = 1) -> "Reading":
+        """Begin texts, for an encoder-decoder with the ids of their sources, all of one length."""
+        return Reading(self, source, batch)
+
+    def logits(self, ids: Sequence[int], source: Sequence[int] | None = None, one_by_one: bool = False) -> Tensor:
+        """Logits behind each token of a decoder, fp32 [tokens, vocabulary], in one pass or token `one_by_one`; `source` is what the encoder reads first."""
+        reading = self.start(None if source is None else [source])
+        parts = [[token] for token in ids] if one_by_one else [list(ids)]
+        return torch.cat([torch.from_numpy(reading.read([part])[0]) for part in parts])
+
+    def generate(self, prompt: str, tokens: int, stream: bool = False) -> str:
+        """The prompt and its greedy continuation of up to `tokens` tokens, as `load.complete` gives it; printed as it is written with `stream`. Raises ConfigError."""
+        tokenizer, longest = load_tokenizer(self.folder), getattr(self.config, "max_position_embeddings", None)
+        file = self.folder / "generation_config.json"
+        search: Any = GenerationConfig.from_pretrained(self.folder) if file.is_file() else GenerationConfig.from_model_config(self.config)
+        is_chat, forced = False, None
+        if self.encoder is not None:
+            source = encode_sources(tokenizer, [prompt], longest or 2**20, True)
+            start = getattr(self.config, "decoder_start_token_id", None)
+            ids = [search.decoder_start_token_id if start is None else start]
+            ends, forced, room = [tokenizer.eos_token_id], search.forced_bos_token_id, tokens
+            forced = None if forced == tokenizer.bos_token_id else forced
+            reading = self.start(source)
+        else:
+            ids, is_chat = read_prompt(tokenizer, prompt)
+            ends = search.eos_token_id if isinstance(search.eos_token_id, list) else [search.eos_token_id]
+            reading, room = self.start(), len(ids) + tokens
+        if longest is not None and room > longest:
+            read = "" if self.encoder is not None else f"the prompt has {len(ids)} tokens and "
+            raise ConfigError(f"{read}{tokens} tokens are asked, but {self.folder} has {longest} positions; ask for fewer.")
+        shown = [] if is_chat or self.encoder is not None else ids
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+        if streamer is not None and shown:
+            streamer.put(torch.tensor(shown))
+        written: list[int] = []
+        while len(written) < tokens and not set(written[-1:]) & set(ends):
+            scores = reading.read([written[-1:] or ids])[0, -1]
+            written.append(int(scores.argmax()) if forced is None or written else forced)
+            if streamer is not None:
+                streamer.put(torch.tensor(written[-1:]))
+        if streamer is not None:
+            streamer.end()
+        return tokenizer.decode([*shown, *written], skip_special_tokens=True)
+
+
+class Reading:
+    """Texts that are read on."""
+
+    def __init__(self, runner: GraphRunner, source: Sequence[Sequence[int]] | None, batch: int) -> None:
+        self._decoder = runner.decoder
+        self._num_read, self._batch = 0, batch if source is None else len(source)
+        self._kept = {}  # what every pass is given as it is
+        if source is not None:
+            assert runner.encoder is not None, "a causal model reads no source"
+            mask = np.ones((len(source), len(source[0])), np.int64)
+            found = runner.encoder.run({"input_ids": np.array(source, np.int64), "attention_mask": mask})
+            self._kept = {name.replace("present", "past_key_values"): value for name, value in found.items()} | {"encoder_attention_mask": mask}
+        empty = {name: shape for name, shape in self._decoder.inputs.items() if name.startswith("past_key_values") and name not in self._kept}
+        self._past = {name: np.zeros((self._batch, shape[1], 0, shape[3]), np.float32) for name, shape in empty.items()}
+
+    def read(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits behind each of these tokens, fp32 [batch, tokens, vocabulary]."""
+        given = np.array(ids, np.int64)
+        self._num_read += given.shape[1]
+        feeds = {"input_ids": given, **self._kept, **self._past}
+        if "attention_mask" in self._decoder.inputs:
+            feeds["attention_mask"] = np.ones((self._batch, self._num_read), np.int64)
+        found = self._decoder.run(feeds)
+        logits = self._decoder.array(found.pop("logits"))
+        self._past = {name.replace("present", "past_key_values"): value for name, value in found.items()}
+        return logits

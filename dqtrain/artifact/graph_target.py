@@ -1,0 +1,186 @@
+"""What targets share whose models are dqtrain's own graphs (`onnx_family`): digits that hold each weight, one file of tensors that all graphs read, what lies beside it."""
+
+import shutil
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from dqtrain.artifact.description import write_list
+from dqtrain.artifact.format import PackedTensors
+from dqtrain.artifact.ggml_blocks import Rows, rows_of
+from dqtrain.artifact.onnx_family import check_family
+from dqtrain.artifact.onnx_graph import Stored, Weight
+from dqtrain.artifact.target import names_of, notes_of
+from dqtrain.config import Export, Target
+from dqtrain.data.prepare import tokenizer_files
+from dqtrain.errors import ConfigError
+from dqtrain.quant.grid import WeightQuantizer
+from dqtrain.quant.modules import Coverage, CoverageRow, is_learned_scale
+
+ALIGNMENT = 64
+"""Bytes: a line of a cache."""
+
+Part = tuple[Any, tuple[int, ...]]
+"""Type, in the words of the format, and shape of a tensor."""
+
+
+class Digits(NamedTuple):
+    """How a target holds codes."""
+
+    target: Target
+    fit: Callable[[WeightQuantizer, int], Any]  # grid, inputs of a row -> what holds it: `type`, `why` it is no better one, whether it `is_float`
+    parts: Callable[[WeightQuantizer, Any, tuple[int, int], bool], dict[str, Part]]  # and [outputs, inputs], whether it is a table -> end of the name -> part
+    pack: Callable[[Rows, WeightQuantizer, Any], dict[str, np.ndarray]]  # the arrays of these parts
+    num_bytes: Callable[[Any, tuple[int, ...]], int]  # of a part
+    floating: Any  # its type of fp32
+
+
+class Placement(NamedTuple):
+    """One quantized weight, and what holds it."""
+
+    row: CoverageRow
+    shape: tuple[int, int]  # [outputs, inputs]
+    fit: Any  # as `Digits.fit` gives it
+    parts: dict[str, Part]
+
+
+def placements(digits: Digits, config: PretrainedConfig, coverage: Coverage) -> list[Placement]:
+    """What holds each quantized weight, from names and shapes alone. Raises ConfigError for a model that the graphs do not compute."""
+    check_family(config, digits.target)
+    found = []
+    for row in coverage.rows:
+        if row.quantizer is not None:
+            rows, columns = row.shape if row.quantizer.row_axis == 0 else row.shape[::-1]
+            fit = digits.fit(row.quantizer, columns)
+            found.append(Placement(row, (rows, columns), fit, digits.parts(row.quantizer, fit, (rows, columns), row.kind != "linears")))
+    return found
+
+
+def check_graphs(digits: Digits, config: PretrainedConfig, coverage: Coverage, asked: Export) -> list[str]:
+    """What a person should know of the files before training, one line each. Raises ConfigError for what they cannot hold."""
+    found = placements(digits, config, coverage)
+    refused = _refusal(digits.target, found)
+    if refused is not None and not asked.allow_inexact:
+        raise ConfigError(refused)
+    return _notes(digits.target, found)
+
+
+def describe_graphs(digits: Digits, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]]) -> list[str]:
+    """What the files of a student would hold, before there are any: digits and bytes, reasons, and what they cannot hold. Raises ConfigError as `placements`."""
+    found = placements(digits, config, coverage)
+    counts = Counter(place.fit.type for place in found)
+    types = ", ".join(f"{type} for {count}" for type, count in counts.most_common())
+    refused = _refusal(digits.target, found)
+    return [
+        f"{digits.target}: {_tensor_bytes(digits, found, float_shapes):,} bytes of tensors; {types} of {len(found)} quantized weights",
+        *_notes(digits.target, found),
+        *([refused] if refused else []),
+    ]
+
+
+def _refusal(target: Target, found: list[Placement]) -> str | None:
+    refused = [place for place in found if place.fit.is_float]
+    if not refused:
+        return None
+    return (
+        f"{target} cannot hold {names_of([place.row.name for place in refused])}: {refused[0].fit.why}. "
+        "Or allow it: --allow-inexact, or export.allow_inexact: true, stores them as F32, which is exact but large."
+    )
+
+
+def _notes(target: Target, found: list[Placement]) -> list[str]:
+    return [f"{target}: {line}" for line in notes_of((place.fit.type, place.fit.why, place.row.name) for place in found)]
+
+
+def _tensor_bytes(digits: Digits, found: list[Placement], float_shapes: Sequence[tuple[int, ...]]) -> int:
+    parts = [part for place in found for part in place.parts.values()] + [(digits.floating, shape) for shape in float_shapes]
+    return sum(aligned(digits.num_bytes(dtype, shape)) for dtype, shape in parts)
+
+
+def aligned(num_bytes: int) -> int:
+    """Bytes of a tensor in the file."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class GraphTarget(ABC):
+    """A packed artifact as graphs and a file of tensors (most of a `target.RuntimeTarget`), written one tensor at a time. Raises ConfigError for a model that is not computed."""
+
+    name: Target
+    digits: Digits
+    weights_file: str
+    description: str  # what lists the other files
+    tolerance = 1e-5  # what another order of sums makes of fp32: 1e-6 is measured
+
+    def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None:
+        self.packed, self.config = packed, config
+        self.placed = {place.row.name: place for place in placements(self.digits, config, packed.coverage)}
+        listed = {f"{name}{end}": part for name, place in self.placed.items() for end, part in place.parts.items()}
+        listed |= {name: (self.digits.floating, packed.shape(name)) for name in packed.floats if not is_learned_scale(name)}
+        self.stored: dict[str, Stored] = {}
+        end = 0
+        for name, (dtype, shape) in listed.items():
+            self.stored[name] = Stored(dtype, shape, end, self.digits.num_bytes(dtype, shape))
+            end += aligned(self.stored[name].num_bytes)
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Types of digits."""
+        return {name: place.fit.type for name, place in self.placed.items()}
+
+    def rounds_scales(self, name: str) -> bool:
+        """Never: scales are fp32, or fp16 where that holds them."""
+        return False
+
+    def factor(self, name: str) -> float:
+        """1."""
+        return 1.0
+
+    def encoder_of_text(self, folder: Path, longest: int) -> None:
+        """None: its tokenizer is that of transformers."""
+        return None
+
+    def write(self, folder: Path) -> None:
+        """Write the files into a folder, but parity.json. Raises OSError."""
+        with (folder / self.weights_file).open("wb") as file:
+            for name, array in self._arrays():
+                assert file.tell() == self.stored[name].offset and array.nbytes == self.stored[name].num_bytes, name
+                file.write(np.ascontiguousarray(array).data)
+                file.write(bytes(aligned(array.nbytes) - array.nbytes))
+        self.write_graphs(folder, {name: Weight(place.shape, place.fit) for name, place in self.placed.items()})
+        self.config.save_pretrained(folder)
+        for path in [*tokenizer_files(self.packed.folder), self.packed.folder / "generation_config.json"]:
+            if path.is_file():
+                shutil.copy(path, folder)
+        write_list(folder / self.description)
+
+    @abstractmethod
+    def write_graphs(self, folder: Path, weights: Mapping[str, Weight]) -> None:
+        """Write the graphs beside the file of tensors. Raises OSError."""
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What is stored, in its order, one weight in memory at a time."""
+        for name, place in self.placed.items():
+            codes = self.packed.codes(name)
+            if place.fit.is_float:
+                yield name, codes.value().numpy()
+                continue
+            rows = rows_of(codes.codes, codes.scale, codes.zero_point, codes.quantizer)
+            for end, array in self.digits.pack(rows, codes.quantizer, place.fit).items():
+                yield f"{name}{end}", array
+        for name in self.packed.floats:
+            if not is_learned_scale(name):
+                yield name, self.packed.floating(name).float().numpy()
+
+    @abstractmethod
+    def values(self, folder: Path) -> Mapping[str, Callable[[], Tensor]]:
+        """As `RuntimeTarget.values`."""
+
+    def foretold_bytes(self, float_shapes: Sequence[tuple[int, ...]]) -> int:
+        """Bytes of what is stored of the student: from shapes alone."""
+        return _tensor_bytes(self.digits, list(self.placed.values()), float_shapes)
