@@ -28,7 +28,7 @@ from dqtrain.artifact.ggml_blocks import Fit, as_tensor, fit, num_bytes, pack, r
 from dqtrain.artifact.gguf_family import family
 from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
 from dqtrain.artifact.llama_cpp import LlamaCpp, require_runtime
-from dqtrain.artifact.target import names_of, notes_of
+from dqtrain.artifact.target import extra, names_of, notes_of
 from dqtrain.config import Export, Quant, Target
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.quant.modules import Coverage, is_learned_scale
@@ -39,13 +39,7 @@ FILE = "model.gguf"
 
 def gguf_package() -> Any:
     """The `gguf` package, which is an extra. Raises ConfigError without it."""
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError(
-            "the gguf target needs the Python package gguf, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'"
-        ) from None
-    return gguf
+    return extra("gguf", "the gguf target")
 
 
 @functools.cache

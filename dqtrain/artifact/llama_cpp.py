@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dqtrain.artifact.description import check_if_listed
+from dqtrain.artifact.target import extra
 from dqtrain.errors import CheckpointError, ConfigError
 
 LONGEST = 2048
@@ -59,13 +60,7 @@ def _hear(level: int, text: bytes, _: Any) -> None:
 
 @functools.cache
 def _library() -> Any:
-    try:
-        import xllamacpp
-    except ImportError:
-        raise ConfigError(
-            "running a GGUF file needs the Python package xllamacpp, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'"
-        ) from None
-    lib: Any = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    lib: Any = ctypes.CDLL(extra("xllamacpp", "running a GGUF file").xllamacpp.__file__)
     pointer, integer, flag, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool, ctypes.c_char_p
     tokens = ctypes.POINTER(ctypes.c_int32)
     signatures: dict[str, tuple[Any, list[Any]]] = {

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 
 from dqtrain.artifact.description import check_list
-from dqtrain.errors import CheckpointError, ConfigError
+from dqtrain.artifact.target import extra
+from dqtrain.errors import CheckpointError
 from dqtrain.models.making import model_class, read_model_config
 
 DESCRIPTION = "compressed-tensors.json"
@@ -22,13 +23,7 @@ DESCRIPTION = "compressed-tensors.json"
 
 def compressed_tensors_package() -> Any:
     """The package `compressed_tensors`, which is an extra. Raises ConfigError without it."""
-    try:
-        import compressed_tensors.offload
-    except ImportError:
-        raise ConfigError(
-            "compressed-tensors needs the Python package compressed-tensors, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'"
-        ) from None
-    return compressed_tensors
+    return extra("compressed_tensors.offload", "compressed-tensors")
 
 
 def is_compressed(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dqtrain.errors import ConfigError
+from dqtrain.artifact.target import extra
 
 WEIGHTS = "model.onnx.data"
 """The file that the graphs of a model share: protobufs end at 2 GB, encoder and decoder share a table, and a file that is mapped is not copied."""
@@ -23,13 +23,7 @@ OPSET, CONTRIB, IR_VERSION = 23, "com.microsoft", 11
 @functools.cache
 def onnx_package() -> Any:
     """The `onnx` package, which is an extra. Raises ConfigError without it."""
-    try:
-        import onnx
-    except ImportError:
-        raise ConfigError(
-            "the onnx target needs the Python package onnx, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'"
-        ) from None
-    return onnx
+    return extra("onnx", "the onnx target")
 
 
 class Stored(NamedTuple):

@@ -12,7 +12,8 @@ from dqtrain.artifact.description import check_list
 from dqtrain.artifact.graph_runner import GraphRunner
 from dqtrain.artifact.onnx_family import CAUSAL, DECODER, ENCODER
 from dqtrain.artifact.onnx_graph import CONTRIB, in_model, onnx_package
-from dqtrain.errors import CheckpointError, ConfigError
+from dqtrain.artifact.target import extra
+from dqtrain.errors import CheckpointError
 
 DESCRIPTION = "onnx.json"
 """What lists the other files (`description.write_list`)."""
@@ -20,13 +21,7 @@ DESCRIPTION = "onnx.json"
 
 def require_runtime() -> Any:
     """The `onnxruntime` package, which is an extra. Raises ConfigError without it."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ConfigError(
-            "running an ONNX graph needs the Python package onnxruntime, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'"
-        ) from None
-    return onnxruntime
+    return extra("onnxruntime", "running an ONNX graph")
 
 
 def _session(folder: Path, graph: Path | Any) -> Any:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from dqtrain.config import Target
+from dqtrain.errors import ConfigError
 
 
 class Runner(Protocol):
@@ -76,6 +77,15 @@ class RuntimeTarget(Protocol):
     def stored_bytes(self, folder: Path) -> dict[str, int]:
         """Bytes of its files: `file`, all that holds the model, and of that `tensors`, and the rest under a name that says what it is."""
         ...
+
+
+def extra(module: str, use: str) -> Any:
+    """A package that is an extra, with this module of it imported. Raises ConfigError, which names its `use`, without it."""
+    try:
+        return __import__(module)
+    except ImportError:
+        package = module.partition(".")[0].replace("_", "-")
+        raise ConfigError(f"{use} needs the Python package {package}, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'") from None
 
 
 def names_of(names: Sequence[str]) -> str:
