@@ -18,7 +18,7 @@ said by `compressed_plan`, what reads the files by `load_compressed`.
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +83,8 @@ class CompressedTarget:
 
     name: Target = "compressed-tensors"
     tolerance = 1e-5  # the same values in the same dtype, but sums in another order
+    factors: Mapping[str, float] = {}
+    rounded = ()  # scales are fp32
 
     def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None:
         self.packed, self.config, self.layout = packed, config, asked.compressed_tensors
@@ -94,14 +96,6 @@ class CompressedTarget:
     def types(self) -> dict[str, str]:
         """Bits of weights and activations, or of floats."""
         return {name: place.scheme.name if place.scheme else TYPES_OF_FLOATS[place.dtype] for name, place in self.placed.items()}
-
-    def factor(self, name: str) -> float:
-        """Always 1."""
-        return 1.0
-
-    def rounds_scales(self, name: str) -> bool:
-        """Never: scales are fp32."""
-        return False
 
     def encoder_of_text(self, folder: Path, longest: int) -> None:
         """None: the tokenizer is that of transformers."""

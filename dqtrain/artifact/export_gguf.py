@@ -146,15 +146,13 @@ class GgufTarget:
     def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None:
         self.packed, self.config, self.family, self.fastest = packed, config, family(config), asked.gguf == "fastest"
         self.placed = {place.name: place for place in placements(config, packed.coverage, self.fastest)}
+        self.factors = self.family.factors
+        self.rounded = {name for name, place in self.placed.items() if place.fit.rounds_scales}  # blocks hold no fp32 scales
 
     @property
     def types(self) -> dict[str, str]:
         """Types of blocks."""
         return {name: place.fit.type for name, place in self.placed.items()}
-
-    def rounds_scales(self, name: str) -> bool:
-        """Whether a weight's scales are fp32, which blocks do not hold."""
-        return name in self.placed and self.placed[name].fit.rounds_scales
 
     def write(self, folder: Path) -> None:
         """Write the file into a folder, and what lists it. Raises ConfigError for a tensor or tokenizer that llama.cpp does not have, OSError."""
@@ -220,7 +218,7 @@ class GgufTarget:
             return self.family.extra[ours].float().numpy()
         if ours not in self.placed:
             matrix = self.packed.floating(ours).float()
-            matrix = (matrix.T if self._is_transposed(ours) else matrix) * self.family.factors.get(ours, 1.0)
+            matrix = (matrix.T if self._is_transposed(ours) else matrix) * self.factors.get(ours, 1.0)
             return np.ascontiguousarray(self._reordered(ours, matrix.numpy()))
         codes = self.packed.codes(ours)
         rows = rows_of(codes.codes, codes.scale, codes.zero_point, codes.quantizer)
@@ -239,10 +237,6 @@ class GgufTarget:
             return as_tensor(matrix, self.packed.quantized[ours])
         tensor = torch.from_numpy(matrix)
         return tensor.T if self._is_transposed(ours) else tensor
-
-    def factor(self, name: str) -> float:
-        """What a float vector is multiplied by in the file."""
-        return self.family.factors.get(name, 1.0)
 
     def _write(self, path: Path, values_of: Path | None = None) -> None:
         """Write a file, tensor by tensor; of the values that ggml reads out of another one, as F32, with `values_of`."""

@@ -3,7 +3,7 @@
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +116,8 @@ class GraphTarget(ABC):
     weights_file: str
     description: str  # what lists the other files
     tolerance = 1e-5  # what another order of sums makes of fp32: 1e-6 is measured
+    factors: Mapping[str, float] = {}
+    rounded: Collection[str] = ()  # scales are fp32, or fp16 where that holds them
 
     def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None:
         self.packed, self.config = packed, config
@@ -132,14 +134,6 @@ class GraphTarget(ABC):
     def types(self) -> dict[str, str]:
         """Types of digits."""
         return {name: place.fit.type for name, place in self.placed.items()}
-
-    def rounds_scales(self, name: str) -> bool:
-        """Never: scales are fp32, or fp16 where that holds them."""
-        return False
-
-    def factor(self, name: str) -> float:
-        """1."""
-        return 1.0
 
     def encoder_of_text(self, folder: Path, longest: int) -> None:
         """None: its tokenizer is that of transformers."""

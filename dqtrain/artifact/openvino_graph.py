@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from dqtrain.artifact.graph_target import aligned
 from dqtrain.artifact.onnx_graph import Graph
-from dqtrain.errors import ConfigError
+from dqtrain.artifact.target import extra
 
 WEIGHTS = "model.bin"
 """The file that the graphs of a model share."""
@@ -28,13 +28,7 @@ _FLOAT = "float"
 @functools.cache
 def openvino_package() -> Any:
     """The `openvino` package, which is an extra. Raises ConfigError without it."""
-    try:
-        import openvino
-    except ImportError:
-        raise ConfigError(
-            "the openvino target needs the Python package openvino, which is not installed here. Install it, best in an environment of its own, with: pip install 'dqtrain[openvino]'"
-        ) from None
-    return openvino
+    return extra("openvino", "the openvino target", "openvino")
 
 
 class IrGraph(Graph):

@@ -212,13 +212,13 @@ def verify_weights(trained: PreTrainedModel, folder: Path, target: RuntimeTarget
         seen += 1
         if name not in values:
             raise CheckpointError(f"{folder}: holds no {name}. Report this as a bug.")
-        found, expected = values[name](), tensor.float() * target.factor(name)
+        found, expected = values[name](), tensor.float() * target.factors.get(name, 1.0)
         if torch.equal(found, expected):
             num_exact += 1
             continue
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         largest = max(largest, difference)
-        if not (allow_inexact and target.rounds_scales(name) and difference <= 2**-11):
+        if not (allow_inexact and name in target.rounded and difference <= 2**-11):
             raise CheckpointError(
                 f"{folder}: {name} is not what was trained (largest difference {difference:.1e} of the largest weight). Report this as a bug."
             )

@@ -1,6 +1,6 @@
 """What a program that runs exported students must say and do, so that `parity.verify_target` can hold it to what was trained."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,12 +50,14 @@ class RuntimeTarget(Protocol):
         """Functions that give each parameter in fp32, by the program's own dequantizer. Raises CheckpointError for files that cannot be read."""
         ...
 
-    def factor(self, name: str) -> float:
-        """What a float vector is multiplied by in its files, else 1."""
+    @property
+    def factors(self) -> Mapping[str, float]:
+        """What float vectors are multiplied by in its files, by name; all others by 1."""
         ...
 
-    def rounds_scales(self, name: str) -> bool:
-        """Whether a weight's fp32 scales are rounded there, as was allowed."""
+    @property
+    def rounded(self) -> Collection[str]:
+        """Weights whose fp32 scales are rounded there, as was allowed."""
         ...
 
     def encoder_of_text(self, folder: Path, longest: int) -> AbstractContextManager[Callable[[str], list[int]]] | None:
@@ -79,13 +81,16 @@ class RuntimeTarget(Protocol):
         ...
 
 
-def extra(module: str, use: str) -> Any:
-    """A package that is an extra, with this module of it imported. Raises ConfigError, which names its `use`, without it."""
+def extra(module: str, use: str, name: str = "runtimes") -> Any:
+    """A package of the extra `name`, with this module of it imported. Raises ConfigError, which names its `use`, without it."""
     try:
         return __import__(module)
     except ImportError:
         package = module.partition(".")[0].replace("_", "-")
-        raise ConfigError(f"{use} needs the Python package {package}, which is not installed here. Install it with: pip install 'dqtrain[runtimes]'") from None
+        alone = "" if name == "runtimes" else ", best in an environment of its own,"
+        raise ConfigError(
+            f"{use} needs the Python package {package}, which is not installed here. Install it{alone} with: pip install 'dqtrain[{name}]'"
+        ) from None
 
 
 def names_of(names: Sequence[str]) -> str:
