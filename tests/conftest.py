@@ -33,6 +33,13 @@ def kill(*pids: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def flip(path: Path, at: int = -5) -> None:
+    """Change a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
 def edit_description(folder: Path, change) -> None:
     """Change what an artifact.json says, and let it say so with a hash that fits."""
     from dqtrain.artifact.description import sealed

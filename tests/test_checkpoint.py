@@ -14,7 +14,7 @@ import time
 import hypothesis
 import pytest
 import torch
-from conftest import kill
+from conftest import flip, kill
 from engine_worker import DROPOUT, MAPS, float_model, start_ranks, student_model
 from families import cut_copy
 from hypothesis import strategies
@@ -33,12 +33,6 @@ DROPPED = {f"{p}-{stage}": {"precision": p, "stage": stage, **DROPOUT} for p in 
 
 def step(folder, number):
     return folder / f"step-{number:09d}"
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def truncate(folder):

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import flip
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from test_gguf import packed_artifact, student  # noqa: F401
@@ -255,9 +256,7 @@ def test_generate_and_load(tmp_path, world, capsys):
 
 def flip_a_bit(folder):
     """Of the last tensor."""
-    content = bytearray((folder / "model.safetensors").read_bytes())
-    content[-5] ^= 1
-    (folder / "model.safetensors").write_bytes(content)
+    flip(folder / "model.safetensors")
 
 
 def test_verify_notices_a_flipped_bit(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import prepare_one
+from conftest import flip, prepare_one
 from safetensors.torch import load_file, save_file
 from test_packed import about, settings
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -369,7 +369,7 @@ def test_what_is_inexact_is_refused_or_said(student, tmp_path):
 def test_verify_notices_a_flipped_bit(student, tmp_path):
     made = packed_artifact(student("llama"), QUANT, tmp_path / "packed", steps=0)
     with pytest.raises(CheckpointError, match=r"is not what was trained \(largest difference"):
-        to_gguf(made, tmp_path, spoil=flip_a_bit)
+        to_gguf(made, tmp_path, spoil=flip)
 
 
 @pytest.mark.parametrize("cut", [100, -100])

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import flip
 from families import FAMILIES, LLAMA
 from test_ggml_blocks import GRIDS_AND_BITS, drawn, quantizer_of
 from test_gguf import QUANT, packed_artifact, student  # noqa: F401 # a fixture
@@ -250,16 +251,10 @@ def test_onnx_runtime_computes_what_was_trained(name, student, tmp_path):  # noq
     assert told.getvalue().strip() == text.strip() and text
 
 
-def flip_a_bit(path, at=70):
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
 def test_verify_notices_a_flipped_bit(world, tmp_path):
     made = with_tokenizer(world, FAMILIES["gpt2"](), QUANT, tmp_path / "packed")
     with pytest.raises(CheckpointError, match=r"is not what was trained \(largest difference"):
-        to_onnx(made, tmp_path / "onnx", spoil=lambda folder: flip_a_bit(folder / WEIGHTS))
+        to_onnx(made, tmp_path / "onnx", spoil=lambda folder: flip(folder / WEIGHTS, 70))
 
 
 def without_a_scale(folder):
@@ -296,11 +291,11 @@ def says(text):
     [
         (lambda folder: cut(folder, WEIGHTS), r"model\.onnx\.data: has \d+ bytes, onnx.json says \d+; it is truncated"),
         (lambda folder: cut(folder, "model.onnx"), r"model\.onnx: has \d+ bytes"),
-        (lambda folder: flip_a_bit(folder / WEIGHTS), r"model\.onnx\.data: does not have the hash in onnx.json; a byte was changed"),
-        (lambda folder: flip_a_bit(folder / "model.onnx"), r"model\.onnx: does not have the hash"),
+        (lambda folder: flip(folder / WEIGHTS, 70), r"model\.onnx\.data: does not have the hash in onnx.json; a byte was changed"),
+        (lambda folder: flip(folder / "model.onnx", 70), r"model\.onnx: does not have the hash"),
         (lambda folder: (folder / WEIGHTS).unlink(), "has 0 bytes"),
         (lambda folder: (folder / "onnx.json").unlink(), r"onnx.json: cannot be read \(FileNotFoundError.* Export the run again with"),
-        (lambda folder: flip_a_bit(folder / "config.json"), r"config\.json: does not have the hash in onnx.json; a byte was changed"),
+        (lambda folder: flip(folder / "config.json", 70), r"config\.json: does not have the hash in onnx.json; a byte was changed"),
         (lambda folder: cut(folder, "tokenizer.json"), r"tokenizer\.json: has \d+ bytes, onnx.json says"),
         (older, r"onnx\.json: has format 1, this dqtrain reads 2\. Export the run again"),
         (edited, r"onnx\.json: does not have the hash in its last line; it was edited or damaged"),

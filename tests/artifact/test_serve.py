@@ -21,12 +21,7 @@ from dqtrain.artifact.serve import serve
 from dqtrain.cli import main
 from dqtrain.config import Export
 from dqtrain.errors import ConfigError
-
-
-def free_port():
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return trial.getsockname()[1]
+from launch.local import free_port
 
 
 def started(artifact, logs, seconds=120):

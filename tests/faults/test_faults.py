@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Run, config_text, kill, write_corpus
+from conftest import Run, config_text, flip, kill, write_corpus
 
 from dqtrain import checkpoint
 from dqtrain.cli import main
@@ -71,12 +71,6 @@ class Chain:
         lefts = (json.loads(path.read_text()) for path in self.run.path.glob("exits/rank-*.json"))
         exits = {left["rank"]: left for left in lefts if left["time_ns"] >= since}
         self.ended[name] = Ended(process.returncode, output, time.time_ns(), self.steps(), exits)
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 def exchange(one: Path, other: Path) -> None:

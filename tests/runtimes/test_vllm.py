@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from dqtrain.config import Export, Quant
 from dqtrain.models.language import Inputs, LanguageModel
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import quantize_model
+from launch.local import free_port
 
 BIN = Path(__file__).parents[2] / ".venv-vllm/bin"
 ENVIRONMENT = {
@@ -158,9 +158,7 @@ def test_a_width_that_vllm_has_no_kernel_for_on_cpus_is_its_own_error(world, tmp
 
 def test_dqtrain_serves_it(world, tmp_path):
     packed, made = exported("llama", weights(4), tmp_path, world)
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        port = trial.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-m",
