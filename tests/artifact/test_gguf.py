@@ -473,4 +473,4 @@ def test_without_the_packages_it_is_said_what_to_install(finished):
 def test_unknown_target(finished):
     run, _ = finished
     code, output = run.dqtrain("export", str(run.path), "--to", "packed,pickle")
-    assert code == 2 and "--to pickle: there is no such target; give packed, gguf, onnx, compressed-tensors, hf." in output
+    assert code == 2 and "--to pickle: there is no such target; give packed, gguf, onnx, openvino, compressed-tensors, hf." in output
