@@ -24,7 +24,7 @@ _LOAD: dict[str, str] = {
     '```python\nfrom transformers import {auto}, AutoTokenizer\nmodel, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```\n',
     "vllm": "```\nvllm serve .\n```\n\nor `dqtrain serve .`, which looks for the same program.\n",
     "openvino": "With `pip install openvino`; every graph of the folder reads `model.bin`:\n\n"
-    '```python\nimport openvino\nmodel = openvino.compile_model(openvino.Core().read_model("{graph}", "model.bin"), "CPU", {settings})\n```\n\n'
+    '```python\nimport openvino\nmodel = openvino.compile_model(openvino.Core().read_model("{graph}", "model.bin"), "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})\n```\n\n'
     'or `dqtrain generate . "Once upon a time"`.\n',
     "gguf": '```\nllama-cli -m model.gguf -p "Once upon a time"\n```\n',
 }
@@ -49,7 +49,7 @@ def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, 
         f"Trained by dqtrain for {scores['step']:,} steps{f', taught by {teacher}' if teacher else ''}.",
         "## Use",
         _LOAD.get(reader, '```\ndqtrain generate . "Once upon a time"\n```\n')
-        .format(auto=auto, graph="decoder.xml" if is_encoder_decoder else "model.xml", settings={"INFERENCE_PRECISION_HINT": "f32"})
+        .format(auto=auto, graph="decoder.xml" if is_encoder_decoder else "model.xml")
         .rstrip(),
         *(["Activations are float here, and were quantized in training."] if target == "hf" and config.quant and config.quant.activations else []),
         "## Size",
