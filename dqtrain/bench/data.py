@@ -338,12 +338,14 @@ def _large() -> dict[str, float]:
     """An index of 10^12 tokens, whose shards are not there: what it takes in memory, and the time to the samples of the first micro-batch of rank 1000 of 1,024."""
     size = 2**24  # of text in parts as prepare cuts it
     shards = 10**12 // size
-    entry = {"num_tokens": size + 1, "num_documents": 1000, "bytes": 2 * size, "checksum": "0" * 16}
     with tempfile.TemporaryDirectory() as name:
         text = json.dumps({"version": VERSION, "tokenizer_hash": "", "vocab_size": VOCABULARY, "shards": []})
-        listed = ",".join(json.dumps({"file": f"shard-{number:05d}-00000.bin", **entry}) for number in range(shards))
-        (Path(name) / INDEX).write_text(text.replace('"shards": []', f'"shards": [{listed}]'))
-        del listed
+        with (Path(name) / INDEX).open("w") as file:
+            file.write(text.removesuffix("]}"))
+            for n in range(shards):
+                sizes = {"num_tokens": size + 1, "num_documents": 1000 + n, "bytes": 2 * size + n, "checksum": f"{n:016x}", "part": n}
+                file.write("," * (n > 0) + json.dumps({"file": f"shard-{n:05d}-00000.bin", **sizes}))
+            file.write("]}")
         before = _resident("VmRSS", restart=True)
         started = time.perf_counter()
         stream = Stream(Path(name), TOKENS, 1, True, quarantine=print)

@@ -321,7 +321,7 @@ def _write_index(job: _Job) -> dict[str, Any] | None:
         "shards": [{**shard, "part": part} for part, record in enumerate(records) for shard in record["shards"]],
     }
     with writing(job.folder / INDEX):
-        write_text(job.folder / INDEX, json.dumps(index, indent=1))
+        write_text(job.folder / INDEX, json.dumps(index))
     _tidy(job.folder)
     return index
 
@@ -453,17 +453,18 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Return the `index.json` of a folder that `prepare` made. Raises DataError when it is missing, damaged or of another version."""
     path = folder / INDEX
     try:
-        content = path.read_bytes()
+        return parse_index(str(path), path.read_bytes())
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): the shards are not complete. Run dqtrain prepare again.") from None
-    return parse_index(str(path), content)
 
 
 def parse_index(name: str, content: bytes) -> dict[str, Any]:
     """Return what `index.json` says, which is at `name`. Raises DataError as `read_index` does."""
     remedy = f"delete {name.removesuffix('/' + INDEX)} and run dqtrain prepare again"
     try:
-        index = json.loads(content)
+        text = content.decode()
+        del content  # of a large corpus it takes as much memory as what it says
+        index = json.loads(text)
         version = index["version"]
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{name} is not an index of shards ({error}); {remedy}.") from None
