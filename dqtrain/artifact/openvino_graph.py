@@ -109,10 +109,12 @@ def write_ir(graphs: Mapping[Path, IrGraph], weights: Path) -> None:
     with weights.open("ab") as file:
         for path, graph in graphs.items():
             aside = path.with_suffix(".constants")
-            openvino_package().serialize(graph.converted(), str(path), str(aside))
-            constants = aside.read_bytes()
+            try:
+                openvino_package().serialize(graph.converted(), str(path), str(aside))
+                constants, tree = aside.read_bytes(), ElementTree.parse(path)
+            except (RuntimeError, ElementTree.ParseError) as error:  # all that it says of a full disk
+                raise OSError(f"OpenVINO did not write {path.name}: {error}") from None
             aside.unlink()
-            tree = ElementTree.parse(path)
             for layer in tree.iterfind("layers/layer"):
                 data, tensor = layer.find("data"), graph.stored.get(layer.attrib["name"].partition(":")[2])
                 if data is None:

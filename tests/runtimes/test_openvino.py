@@ -280,6 +280,14 @@ def test_a_prompt_that_has_no_room(whole):
         OpenVinoRunner(whole).generate("the cat", 32)
 
 
+def test_a_graph_that_cannot_be_written(world, tmp_path):
+    """An OSError, which the export makes a message about the disk of."""
+    made = with_tokenizer(world, FAMILIES["gpt2"](), QUANT, tmp_path / "packed")
+    (tmp_path / "openvino/model.xml").mkdir(parents=True)
+    with opened(made) as target, pytest.raises(OSError, match=r"OpenVINO did not write model\.xml: "):
+        target.write(tmp_path / "openvino")
+
+
 def test_the_same_student_is_the_same_files(world, tmp_path):
     """In a process that has made others before, too."""
     made = with_tokenizer(world, FAMILIES["bart"](), QUANT, tmp_path / "packed")
