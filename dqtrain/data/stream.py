@@ -33,8 +33,8 @@ _FETCHERS = 4
 """Shards at an address that are fetched at a time, ahead of their use."""
 _ORDERED, _JOINED = 4096, 64
 """Samples whose order is computed at a time, and samples of packed text that are read at a time: numpy's calls cost more than few numbers do."""
-_CHECKED = 2**19
-"""Tokens of packed text that are checked at a time, and known to be: few enough that a first sample from anywhere costs a block or two of checksums."""
+_CHECKED = 2**20
+"""Tokens of packed text that are checked at a time, and known to be. Fewer make the first epoch slower, more read more for a first sample from anywhere."""
 _UNREAD, _PLAIN, _CAREFUL = range(3)
 """What is known of samples: nothing; that their tokens are sound, and all there is; that they are sound, and something is padded, not predicted, or apart."""
 
