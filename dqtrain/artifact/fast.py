@@ -137,8 +137,10 @@ class FastEmbedding(nn.Embedding):
         num_bytes, num_codes = layout(levels.count)
         element = ids.reshape(-1, 1) * self.embedding_dim + torch.arange(self.embedding_dim, device=ids.device)
         place = element // num_codes
-        word = torch.stack([self.bytes_[place * num_bytes + i].int() << (8 * i) for i in range(num_bytes)]).sum(0)
-        code = word // self.powers[element % num_codes] % levels.count + levels.low
+        word = self.bytes_[place * num_bytes].int()
+        for i in range(1, num_bytes):
+            word |= self.bytes_[place * num_bytes + i].int() << (8 * i)
+        code = word // self.powers[element.sub_(place, alpha=num_codes)] % levels.count + levels.low
         scale = self._of(self.scale, ids)
         level = code.float().unflatten(-1, (scale.shape[-1], -1))
         level = level + levels.offset if self.zero_point is None else level - self._of(self.zero_point, ids).unsqueeze(-1)

@@ -2,7 +2,7 @@
 
 With the weights in codes, half the time of a word went to what is around the products: transformers' modules, masks and caches. The operators are
 those of the family's graph (`onnx_family`), of which the onnx target makes a file. Prompts, whatever is asked beside logits, caches of other
-kinds than transformers' plain one and families without a graph go through the modules, as before.
+kinds than transformers' plain one and families without a graph go through the modules, as before. Hooks on modules are called for those alone.
 """
 
 import functools
@@ -23,7 +23,6 @@ from dqtrain.errors import ConfigError
 
 PLAIN = {"input_ids", "past_key_values", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
 """What a call may give for one more token; anything else that is set is left to the modules."""
-
 
 ROOM = 256
 """Tokens for which keys and values get memory at a time."""
