@@ -450,7 +450,7 @@ def _generate(path: Path, prompt: str, tokens: int, mode: str | None, other: Pat
             print(f"{model}:")
         file = model if model.suffix == ".gguf" else model / "model.gguf"
         if file.is_file():
-            from dqtrain.artifact.llama_cpp import LlamaCpp
+            from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
 
             if mode and model == path:
                 raise ConfigError(f"--mode is for packed artifacts, but llama.cpp runs {file}. Leave it out.")
@@ -458,14 +458,14 @@ def _generate(path: Path, prompt: str, tokens: int, mode: str | None, other: Pat
                 print(runtime.generate(prompt, tokens))
             continue
         if (model / "onnx.json").is_file():
-            from dqtrain.artifact.onnx_runtime import OnnxRunner
+            from dqtrain.artifact.onnx.runtime import OnnxRunner
 
             if mode and model == path:
                 raise ConfigError(f"--mode is for packed artifacts, but ONNX Runtime runs {model}. Leave it out.")
             OnnxRunner(model).generate(prompt, tokens, stream=True)
             continue
         if (model / "openvino.json").is_file():
-            from dqtrain.artifact.openvino_runtime import OpenVinoRunner
+            from dqtrain.artifact.openvino.runtime import OpenVinoRunner
 
             if mode and model == path:
                 raise ConfigError(f"--mode is for packed artifacts, but OpenVINO runs {model}. Leave it out.")

@@ -15,12 +15,12 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.card import size_of, write_card
+from dqtrain.artifact.compressed.target import CompressedTarget, check_compressed, describe_compressed
 from dqtrain.artifact.description import LIST, write_list
-from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed
-from dqtrain.artifact.export_gguf import GgufTarget, check_gguf, describe_gguf
-from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
-from dqtrain.artifact.export_openvino import OpenVinoTarget, check_openvino, describe_openvino
+from dqtrain.artifact.gguf.target import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.load import trained_in_files
+from dqtrain.artifact.onnx.target import OnnxTarget, check_onnx, describe_onnx
+from dqtrain.artifact.openvino.target import OpenVinoTarget, check_openvino, describe_openvino
 from dqtrain.artifact.pretrained import name_in_config
 from dqtrain.artifact.size import export_about
 from dqtrain.artifact.target import RuntimeTarget

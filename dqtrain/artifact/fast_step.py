@@ -1,7 +1,7 @@
 """One more token of causal models in mode `fast`: a list of torch's operators, in place of the family's modules.
 
 With the weights in codes, half the time of a word went to what is around the products: transformers' modules, masks and caches. The operators are
-those of the family's graph (`onnx_family`), of which the onnx target makes a file. Prompts, whatever is asked beside logits, caches of other
+those of the family's graph (`graphs.family`), of which the onnx target makes a file. Prompts, whatever is asked beside logits, caches of other
 kinds than transformers' plain one and families without a graph go through the modules, as before. Hooks on modules are called for those alone.
 """
 
@@ -17,8 +17,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dqtrain.artifact.fast import FastEmbedding, FastLinear, product
-from dqtrain.artifact.onnx_family import Prompt, check_family, graphs
-from dqtrain.artifact.onnx_graph import Graph
+from dqtrain.artifact.graphs.family import Prompt, check_family, graphs
+from dqtrain.artifact.graphs.graph import Graph
 from dqtrain.errors import ConfigError
 
 PLAIN = {"input_ids", "past_key_values", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}

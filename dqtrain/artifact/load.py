@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, TextStreamer
 
 from dqtrain import checkpoint
 from dqtrain.artifact import format
+from dqtrain.artifact.compressed.load import is_compressed, load_compressed
 from dqtrain.artifact.description import check_if_listed
-from dqtrain.artifact.load_compressed import is_compressed, load_compressed
 from dqtrain.artifact.pretrained import DTYPES, METHOD
 from dqtrain.config import ActivationQuant, Generation
 from dqtrain.data.prepare import load_tokenizer

@@ -142,7 +142,7 @@ def _generate(model: Any, cache: Callable[[int], Any] = lambda num_tokens: None)
 
 def _llama_cpp(folder: Path) -> Write:
     """One sequence after the other."""
-    from dqtrain.artifact.llama_cpp import LlamaCpp
+    from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
 
     runtime = LlamaCpp(folder / "model.gguf", longest=LONGEST)
 
@@ -154,13 +154,13 @@ def _llama_cpp(folder: Path) -> Write:
 
 
 def _onnx_runtime(folder: Path) -> Write:
-    from dqtrain.artifact.onnx_runtime import OnnxRunner
+    from dqtrain.artifact.onnx.runtime import OnnxRunner
 
     return _by_graphs(OnnxRunner(folder))
 
 
 def _openvino(folder: Path) -> Write:
-    from dqtrain.artifact.openvino_runtime import OpenVinoRunner
+    from dqtrain.artifact.openvino.runtime import OpenVinoRunner
 
     return _by_graphs(OpenVinoRunner(folder))
 

@@ -17,11 +17,11 @@ from test_packed import about, settings
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, T5Config
 
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.export_compressed import CompressedTarget
-from dqtrain.artifact.export_gguf import GgufTarget, refusal
-from dqtrain.artifact.export_onnx import OnnxTarget
-from dqtrain.artifact.ggml_blocks import as_tensor, fit, pack, rows_of
-from dqtrain.artifact.gguf_family import family
+from dqtrain.artifact.compressed.target import CompressedTarget
+from dqtrain.artifact.gguf.blocks import as_tensor, fit, pack, rows_of
+from dqtrain.artifact.gguf.family import family
+from dqtrain.artifact.gguf.target import GgufTarget, refusal
+from dqtrain.artifact.onnx.target import OnnxTarget
 from dqtrain.config import BITS_OF_GRID, Export
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import ConfigError

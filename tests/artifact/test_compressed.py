@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from dqtrain import tensor_file
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.compressed_plan import plan
-from dqtrain.artifact.export_compressed import CompressedTarget, check_compressed, describe_compressed
+from dqtrain.artifact.compressed.load import load_compressed
+from dqtrain.artifact.compressed.plan import plan
+from dqtrain.artifact.compressed.target import CompressedTarget, check_compressed, describe_compressed
 from dqtrain.artifact.load import load_any, load_artifact, load_spread
-from dqtrain.artifact.load_compressed import load_compressed
 from dqtrain.cli import main
 from dqtrain.config import BITS_OF_GRID, Export, Quant
 from dqtrain.errors import CheckpointError, ConfigError

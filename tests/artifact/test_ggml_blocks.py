@@ -9,7 +9,7 @@ import pytest
 import torch
 import xllamacpp
 
-from dqtrain.artifact.ggml_blocks import TYPES, as_tensor, fit, num_bytes, pack, rows_of, value
+from dqtrain.artifact.gguf.blocks import TYPES, as_tensor, fit, num_bytes, pack, rows_of, value
 from dqtrain.config import BITS_OF_GRID
 from dqtrain.quant.grid import GRIDS, MinMaxAffine, WeightQuantizer
 

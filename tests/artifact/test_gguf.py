@@ -30,10 +30,10 @@ from transformers import (
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.description import sealed
-from dqtrain.artifact.export_gguf import GgufTarget
-from dqtrain.artifact.gguf_family import family
-from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
-from dqtrain.artifact.llama_cpp import LlamaCpp
+from dqtrain.artifact.gguf.family import family
+from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
+from dqtrain.artifact.gguf.target import GgufTarget
+from dqtrain.artifact.gguf.tokenizer import tokenizer_fields
 from dqtrain.artifact.serve import serve
 from dqtrain.cli import main
 from dqtrain.config import Export, Pairs, Quant

@@ -19,13 +19,13 @@ from transformers import BartConfig, GPT2Config, LlamaConfig, OPTConfig, Pegasus
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.description import check_list, write_list
-from dqtrain.artifact.export_onnx import OnnxTarget, check_onnx, describe_onnx
-from dqtrain.artifact.ggml_blocks import as_tensor, rows_of
+from dqtrain.artifact.gguf.blocks import as_tensor, rows_of
+from dqtrain.artifact.graphs.family import check_family
+from dqtrain.artifact.graphs.graph import WEIGHTS, Graph, Stored, Weight, onnx_package
 from dqtrain.artifact.load import complete, load_artifact
-from dqtrain.artifact.onnx_blocks import fit, pack, parts
-from dqtrain.artifact.onnx_family import check_family
-from dqtrain.artifact.onnx_graph import WEIGHTS, Graph, Stored, Weight, onnx_package
-from dqtrain.artifact.onnx_runtime import OnnxRunner, require_runtime
+from dqtrain.artifact.onnx.blocks import fit, pack, parts
+from dqtrain.artifact.onnx.runtime import OnnxRunner, require_runtime
+from dqtrain.artifact.onnx.target import OnnxTarget, check_onnx, describe_onnx
 from dqtrain.config import Export
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError

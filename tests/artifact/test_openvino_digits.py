@@ -10,11 +10,11 @@ from test_ggml_blocks import GRIDS_AND_BITS, drawn, quantizer_of
 from test_packed import settings
 from transformers import MixtralConfig
 
-from dqtrain.artifact.export_openvino import check_openvino, describe_openvino
-from dqtrain.artifact.ggml_blocks import as_tensor, rows_of
-from dqtrain.artifact.openvino_digits import fit, num_bytes, pack, parts
-from dqtrain.artifact.openvino_graph import openvino_package
-from dqtrain.artifact.openvino_runtime import OpenVinoRunner
+from dqtrain.artifact.gguf.blocks import as_tensor, rows_of
+from dqtrain.artifact.openvino.digits import fit, num_bytes, pack, parts
+from dqtrain.artifact.openvino.graph import openvino_package
+from dqtrain.artifact.openvino.runtime import OpenVinoRunner
+from dqtrain.artifact.openvino.target import check_openvino, describe_openvino
 from dqtrain.config import Export
 from dqtrain.errors import ConfigError
 from dqtrain.quant.modules import quantize_model

@@ -16,10 +16,10 @@ from test_streaming import logits_of, write
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.description import write_list
-from dqtrain.artifact.export_onnx import OnnxTarget
+from dqtrain.artifact.graphs.graph import WEIGHTS
 from dqtrain.artifact.load import load_artifact
-from dqtrain.artifact.onnx_graph import WEIGHTS
-from dqtrain.artifact.onnx_runtime import OnnxRunner
+from dqtrain.artifact.onnx.runtime import OnnxRunner
+from dqtrain.artifact.onnx.target import OnnxTarget
 from dqtrain.errors import CheckpointError
 
 

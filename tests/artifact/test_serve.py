@@ -15,8 +15,8 @@ from families import FAMILIES
 from test_gguf import QUANT, packed_artifact, student  # noqa: F401
 
 from dqtrain.artifact import format
-from dqtrain.artifact.export_gguf import GgufTarget
-from dqtrain.artifact.llama_cpp import LlamaCpp
+from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
+from dqtrain.artifact.gguf.target import GgufTarget
 from dqtrain.artifact.serve import serve
 from dqtrain.cli import main
 from dqtrain.config import Export

@@ -21,14 +21,14 @@ from test_packed import settings
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.description import write_list
-from dqtrain.artifact.export_openvino import OpenVinoTarget, check_openvino
-from dqtrain.artifact.ggml_blocks import as_tensor, rows_of
-from dqtrain.artifact.graph_target import aligned
+from dqtrain.artifact.gguf.blocks import as_tensor, rows_of
+from dqtrain.artifact.graphs.graph import Stored, Weight
+from dqtrain.artifact.graphs.target import aligned
 from dqtrain.artifact.load import complete, load_artifact
-from dqtrain.artifact.onnx_graph import Stored, Weight
-from dqtrain.artifact.openvino_digits import fit, num_bytes, pack, parts
-from dqtrain.artifact.openvino_graph import WEIGHTS, IrGraph, openvino_package, write_ir
-from dqtrain.artifact.openvino_runtime import IN_FP32, OpenVinoRunner, OpenVinoSession, read_values
+from dqtrain.artifact.openvino.digits import fit, num_bytes, pack, parts
+from dqtrain.artifact.openvino.graph import WEIGHTS, IrGraph, openvino_package, write_ir
+from dqtrain.artifact.openvino.runtime import IN_FP32, OpenVinoRunner, OpenVinoSession, read_values
+from dqtrain.artifact.openvino.target import OpenVinoTarget, check_openvino
 from dqtrain.config import Export
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models.language import Inputs, LanguageModel

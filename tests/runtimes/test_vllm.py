@@ -16,7 +16,7 @@ import torch
 from families import FAMILIES
 
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.export_compressed import CompressedTarget
+from dqtrain.artifact.compressed.target import CompressedTarget
 from dqtrain.artifact.load import load_artifact
 from dqtrain.config import Export, Quant
 from dqtrain.models.language import Inputs, LanguageModel

@@ -1,6 +1,6 @@
 """The codes of a packed artifact as a GGUF file, which llama.cpp runs: GPT-2, Llama and Mistral, Qwen 2 and 3, T5.
 
-    model.gguf     blocks of ggml's types for what is quantized (`ggml_blocks`), F32 for the rest; the tokenizer; the model's settings
+    model.gguf     blocks of ggml's types for what is quantized (`gguf.blocks`), F32 for the rest; the tokenizer; the model's settings
     parity.json    what `parity.verify_target` found before the file was published
 
 Floats are never quantized here: each block is made of the codes and scales that training used. Of the names that llama.cpp gives to tensors
@@ -24,10 +24,10 @@ from transformers import PretrainedConfig
 
 from dqtrain.artifact.description import LIST, write_list
 from dqtrain.artifact.format import PackedTensors
-from dqtrain.artifact.ggml_blocks import Fit, as_tensor, fit, num_bytes, pack, rows_of, value
-from dqtrain.artifact.gguf_family import family
-from dqtrain.artifact.gguf_tokenizer import tokenizer_fields
-from dqtrain.artifact.llama_cpp import LlamaCpp, require_runtime
+from dqtrain.artifact.gguf.blocks import Fit, as_tensor, fit, num_bytes, pack, rows_of, value
+from dqtrain.artifact.gguf.family import family
+from dqtrain.artifact.gguf.llama_cpp import LlamaCpp, require_runtime
+from dqtrain.artifact.gguf.tokenizer import tokenizer_fields
 from dqtrain.artifact.target import extra, names_of, notes_of
 from dqtrain.config import Export, Quant, Target
 from dqtrain.errors import CheckpointError, ConfigError

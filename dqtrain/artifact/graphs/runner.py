@@ -1,4 +1,4 @@
-"""Texts that are read and written by programs which run dqtrain's own graphs (`onnx_family`), with the keys and values of what was read."""
+"""Texts that are read and written by programs which run dqtrain's own graphs (`graphs.family`), with the keys and values of what was read."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

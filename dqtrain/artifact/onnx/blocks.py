@@ -1,6 +1,6 @@
 """Integer codes -> blocks of ONNX Runtime's MatMulNBits and GatherBlockQuantized, with not a single float rounded (ContribOperators.md of onnxruntime).
 
-Every grid of dqtrain is unit x integer (`ggml_blocks.rows_of`). A weight [outputs, inputs] is unsigned digits of 2, 4 or 8 bits, the first in a byte's lowest bits,
+Every grid of dqtrain is unit x integer (`gguf.blocks.rows_of`). A weight [outputs, inputs] is unsigned digits of 2, 4 or 8 bits, the first in a byte's lowest bits,
 and is read as (digit - zero point) x scale. Blocks are 16, 32, 64 or 128 inputs of a row, the last one filled up; each has a scale in fp32 and perhaps a zero point.
 Without zero points that of all is 2^(bits - 1): integers from there down to its negative fit. Affine grids, whose zero point is one of their codes, have them.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dqtrain.artifact.ggml_blocks import Rows
+from dqtrain.artifact.gguf.blocks import Rows
 from dqtrain.quant.grid import WeightQuantizer
 
 WIDTHS = (2, 4, 8)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from dqtrain.artifact.description import check_list
-from dqtrain.artifact.graph_runner import GraphRunner
-from dqtrain.artifact.openvino_graph import VALUE, WEIGHTS, openvino_package
+from dqtrain.artifact.graphs.runner import GraphRunner
+from dqtrain.artifact.openvino.graph import VALUE, WEIGHTS, openvino_package
 from dqtrain.errors import CheckpointError
 
 DESCRIPTION = "openvino.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from dqtrain.artifact.graph_target import aligned
-from dqtrain.artifact.onnx_graph import Graph
+from dqtrain.artifact.graphs.graph import Graph
+from dqtrain.artifact.graphs.target import aligned
 from dqtrain.artifact.target import extra
 
 WEIGHTS = "model.bin"

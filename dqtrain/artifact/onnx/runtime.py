@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from dqtrain.artifact.description import check_list
-from dqtrain.artifact.graph_runner import GraphRunner
-from dqtrain.artifact.onnx_family import CAUSAL, DECODER, ENCODER
-from dqtrain.artifact.onnx_graph import CONTRIB, in_model, onnx_package
+from dqtrain.artifact.graphs.family import CAUSAL, DECODER, ENCODER
+from dqtrain.artifact.graphs.graph import CONTRIB, in_model, onnx_package
+from dqtrain.artifact.graphs.runner import GraphRunner
 from dqtrain.artifact.target import extra
 from dqtrain.errors import CheckpointError
 

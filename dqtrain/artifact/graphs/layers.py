@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dqtrain.artifact.onnx_graph import Graph
+from dqtrain.artifact.graphs.graph import Graph
 
 LOWEST = float(np.finfo(np.float32).min)
 """What is added to the score of a key that is not to be seen."""

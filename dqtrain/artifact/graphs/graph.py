@@ -39,7 +39,7 @@ class Weight(NamedTuple):
     """A quantized weight [outputs, inputs] and the blocks that hold it."""
 
     shape: tuple[int, int]
-    fit: Any  # as its target's `graph_target.Digits.fit` gives it
+    fit: Any  # as its target's `graphs.target.Digits.fit` gives it
 
 
 class Graph:

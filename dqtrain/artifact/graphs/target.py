@@ -1,4 +1,4 @@
-"""What targets share whose models are dqtrain's own graphs (`onnx_family`): digits that hold each weight, one file of tensors that all graphs read, what lies beside it."""
+"""What targets share whose models are dqtrain's own graphs (`graphs.family`): digits that hold each weight, one file of tensors that all graphs read, what lies beside it."""
 
 import shutil
 from abc import ABC, abstractmethod
@@ -13,9 +13,9 @@ from transformers import PretrainedConfig
 
 from dqtrain.artifact.description import write_list
 from dqtrain.artifact.format import PackedTensors
-from dqtrain.artifact.ggml_blocks import Rows, rows_of
-from dqtrain.artifact.onnx_family import check_family
-from dqtrain.artifact.onnx_graph import Stored, Weight
+from dqtrain.artifact.gguf.blocks import Rows, rows_of
+from dqtrain.artifact.graphs.family import check_family
+from dqtrain.artifact.graphs.graph import Stored, Weight
 from dqtrain.artifact.target import names_of, notes_of
 from dqtrain.config import Export, Target
 from dqtrain.data.prepare import tokenizer_files

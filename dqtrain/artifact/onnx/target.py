@@ -1,7 +1,7 @@
 """The codes of a packed artifact as graphs for ONNX Runtime: GPT-2, OPT, Llama, Mistral, Qwen 2 and 3, BART, mBART, T5.
 
-    model.onnx, or encoder.onnx and decoder.onnx      nodes (`onnx_family`), without weights
-    model.onnx.data                                   blocks of 2, 4 or 8 bits (`onnx_blocks`), fp32 for what is not quantized; of all graphs
+    model.onnx, or encoder.onnx and decoder.onnx      nodes (`graphs.family`), without weights
+    model.onnx.data                                   blocks of 2, 4 or 8 bits (`onnx.blocks`), fp32 for what is not quantized; of all graphs
     config, generation config, tokenizer              as transformers writes them
     onnx.json                                         format version, sizes and hashes of the files above: ONNX itself has none (`description`)
     parity.json                                       what `parity.verify_target` found before the files were published
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from dqtrain.artifact.ggml_blocks import as_tensor
-from dqtrain.artifact.graph_target import Digits, GraphTarget, check_graphs, describe_graphs
-from dqtrain.artifact.onnx_blocks import fit, pack, parts
-from dqtrain.artifact.onnx_family import graphs
-from dqtrain.artifact.onnx_graph import WEIGHTS, Graph, Weight, onnx_package
-from dqtrain.artifact.onnx_runtime import DESCRIPTION, OnnxRunner, read_values, require_runtime
+from dqtrain.artifact.gguf.blocks import as_tensor
+from dqtrain.artifact.graphs.family import graphs
+from dqtrain.artifact.graphs.graph import WEIGHTS, Graph, Weight, onnx_package
+from dqtrain.artifact.graphs.target import Digits, GraphTarget, check_graphs, describe_graphs
+from dqtrain.artifact.onnx.blocks import fit, pack, parts
+from dqtrain.artifact.onnx.runtime import DESCRIPTION, OnnxRunner, read_values, require_runtime
 from dqtrain.config import Export, Quant, Target
 from dqtrain.quant.modules import Coverage
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dqtrain.artifact.ggml_blocks import Rows
-from dqtrain.artifact.graph_target import Digits, Part
+from dqtrain.artifact.gguf.blocks import Rows
+from dqtrain.artifact.graphs.target import Digits, Part
 from dqtrain.quant.grid import WeightQuantizer
 
 WIDTHS = (2, 4, 8)

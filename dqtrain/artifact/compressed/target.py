@@ -12,7 +12,7 @@
     parity.json         what `parity.verify_target` found before the files were published
 
 Floats are never quantized here: codes and scales are those of training, half-step grids at twice the code and half the scale. What holds each weight is
-said by `compressed_plan`, what reads the files by `load_compressed`.
+said by `compressed.plan`, what reads the files by `compressed.load`.
 """
 
 import functools
@@ -29,10 +29,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from dqtrain.artifact.compressed_plan import TYPES_OF_FLOATS, Placement, plan, stored_inputs
+from dqtrain.artifact.compressed.load import DESCRIPTION, TransformersRunner, compressed_tensors_package, load_compressed
+from dqtrain.artifact.compressed.plan import TYPES_OF_FLOATS, Placement, plan, stored_inputs
 from dqtrain.artifact.description import write_list
 from dqtrain.artifact.format import PackedTensors
-from dqtrain.artifact.load_compressed import DESCRIPTION, TransformersRunner, compressed_tensors_package, load_compressed
 from dqtrain.artifact.target import Runner
 from dqtrain.config import Export, Quant, Target
 from dqtrain.errors import CheckpointError, ConfigError

@@ -28,8 +28,8 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from dqtrain.artifact.onnx_graph import Graph
-from dqtrain.artifact.onnx_layers import ACTIVATIONS, Heads, attention, bias_of, counted, for_each, is_real, layer_norm, logits, rms_norm, sees
+from dqtrain.artifact.graphs.graph import Graph
+from dqtrain.artifact.graphs.layers import ACTIVATIONS, Heads, attention, bias_of, counted, for_each, is_real, layer_norm, logits, rms_norm, sees
 from dqtrain.config import Target
 from dqtrain.errors import ConfigError
 

@@ -1,7 +1,7 @@
-"""The codes of a packed artifact as graphs for OpenVINO, of the families that `onnx_family` has: constants of codes, injected, where other ways quantize floats anew.
+"""The codes of a packed artifact as graphs for OpenVINO, of the families that `graphs.family` has: constants of codes, injected, where other ways quantize floats anew.
 
-model.xml, or encoder.xml and decoder.xml         nodes (`openvino_graph`), without weights
-model.bin                                         digits of 2, 4 or 8 bits (`openvino_digits`), fp32 for what is not quantized; of all graphs
+model.xml, or encoder.xml and decoder.xml         nodes (`openvino.graph`), without weights
+model.bin                                         digits of 2, 4 or 8 bits (`openvino.digits`), fp32 for what is not quantized; of all graphs
 config, generation config, tokenizer              as transformers writes them
 openvino.json                                     format version, sizes and hashes of the files above: the format itself has none (`description`)
 parity.json                                       what `parity.verify_target` found before the files were published
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from dqtrain.artifact.ggml_blocks import as_tensor
-from dqtrain.artifact.graph_target import GraphTarget, aligned, check_graphs, describe_graphs
-from dqtrain.artifact.onnx_family import graphs
-from dqtrain.artifact.onnx_graph import Weight, onnx_package
-from dqtrain.artifact.openvino_digits import DIGITS
-from dqtrain.artifact.openvino_graph import WEIGHTS, IrGraph, openvino_package, write_ir
-from dqtrain.artifact.openvino_runtime import DESCRIPTION, IN_FP32, OpenVinoRunner, read_values
+from dqtrain.artifact.gguf.blocks import as_tensor
+from dqtrain.artifact.graphs.family import graphs
+from dqtrain.artifact.graphs.graph import Weight, onnx_package
+from dqtrain.artifact.graphs.target import GraphTarget, aligned, check_graphs, describe_graphs
+from dqtrain.artifact.openvino.digits import DIGITS
+from dqtrain.artifact.openvino.graph import WEIGHTS, IrGraph, openvino_package, write_ir
+from dqtrain.artifact.openvino.runtime import DESCRIPTION, IN_FP32, OpenVinoRunner, read_values
 from dqtrain.config import Export, Quant, Target
 from dqtrain.quant.modules import Coverage
 

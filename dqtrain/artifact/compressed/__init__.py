@@ -1,0 +1,1 @@
+"""Directories of compressed-tensors, for transformers and vLLM."""

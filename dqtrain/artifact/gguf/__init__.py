@@ -1,0 +1,1 @@
+"""A GGUF file, and llama.cpp, which runs it."""

@@ -1,0 +1,1 @@
+"""Graphs of our own, of ONNX's operators: what the targets onnx and openvino share, and mode `fast` reads."""
