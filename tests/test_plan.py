@@ -16,12 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from dqtrain import engine, models
+from dqtrain import engine
 from dqtrain.bench import memory as bench
 from dqtrain.config import Quant, RunConfig, load_config, validate
 from dqtrain.distill import chunked
 from dqtrain.errors import ConfigError
+from dqtrain.models import making
+from dqtrain.models.int8 import in_int8
 from dqtrain.models.language import Inputs, LanguageModel
+from dqtrain.models.weights import readers_of
 from dqtrain.plan import GPUS, Memory, cheapest, cost_of, fastest, memory_of, plan
 from dqtrain.plan.cost import NVME_BYTES_PER_S
 from dqtrain.plan.memory import CHUNK_BYTES, DISK_PIECE_ELEMENTS, LIVE_ELEMENTS, PIECE_ELEMENTS, kept_by_layer
@@ -331,8 +334,8 @@ def test_bytes_of_a_teacher_in_int8_are_those_that_are_kept(tmp_path):
     """Of every family whose files name tensors as the model does; and of Mixtral, whose experts transformers puts together."""
     for name in ("gpt2", "opt", "llama", "qwen2", "mixtral", "bart", "t5"):
         FAMILIES[name]().save_pretrained(tmp_path / name)
-        model = models.meta_model(tmp_path / name)
-        models.in_int8(model, models.readers_of(dict(model.named_parameters())))
+        model = making.meta_model(tmp_path / name)
+        in_int8(model, readers_of(dict(model.named_parameters())))
         kept = {key: p.numel() * (1 if p.dtype == torch.int8 else 2) for key, p in model.named_parameters()}
         layers = blocks_of(model)
         found = read_model(tmp_path / name).kept_in("int8")
