@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import Run, config_text
+from conftest import Run, config_text, flip
 from families import FAMILIES
 from test_artifacts_doc import GRIDS, compare, row
 from test_ggml_blocks import GRIDS_AND_BITS, drawn, quantizer_of
 from test_gguf import packed_artifact, student  # noqa: F401 # a fixture
-from test_onnx import CASES, MODELS, cut, flip_a_bit, with_tokenizer
+from test_onnx import CASES, MODELS, cut, with_tokenizer
 from test_openvino_digits import SHAPES
 from test_packed import settings
 
@@ -209,7 +209,7 @@ def test_openvino_computes_what_was_trained(name, bits, student, tmp_path):  # n
 def test_verify_notices_a_flipped_bit(world, tmp_path):
     made = with_tokenizer(world, FAMILIES["gpt2"](), QUANT, tmp_path / "packed")
     with pytest.raises(CheckpointError, match=r"is not what was trained \(largest difference"):
-        to_openvino(made, tmp_path / "openvino", spoil=lambda folder: flip_a_bit(folder / WEIGHTS))
+        to_openvino(made, tmp_path / "openvino", spoil=lambda folder: flip(folder / WEIGHTS, 70))
 
 
 def without_a_scale(folder):
@@ -243,11 +243,11 @@ def listed(before, after):
 DAMAGES = {
     "cut constants": (lambda folder: cut(folder, WEIGHTS), r"model\.bin: has \d+ bytes, openvino\.json says \d+; it is truncated"),
     "a cut graph": (lambda folder: cut(folder, "model.xml"), r"model\.xml: has \d+ bytes"),
-    "a bit of the constants": (lambda folder: flip_a_bit(folder / WEIGHTS), r"model\.bin: does not have the hash in openvino\.json; a byte was changed"),
-    "a bit of the graph": (lambda folder: flip_a_bit(folder / "model.xml"), r"model\.xml: does not have the hash"),
+    "a bit of the constants": (lambda folder: flip(folder / WEIGHTS, 70), r"model\.bin: does not have the hash in openvino\.json; a byte was changed"),
+    "a bit of the graph": (lambda folder: flip(folder / "model.xml", 70), r"model\.xml: does not have the hash"),
     "no constants": (lambda folder: (folder / WEIGHTS).unlink(), "has 0 bytes"),
     "no list": (lambda folder: (folder / "openvino.json").unlink(), r"openvino\.json: cannot be read \(FileNotFoundError.* Export the run again with"),
-    "a bit of the config": (lambda folder: flip_a_bit(folder / "config.json"), r"config\.json: does not have the hash in openvino\.json"),
+    "a bit of the config": (lambda folder: flip(folder / "config.json", 70), r"config\.json: does not have the hash in openvino\.json"),
     "a cut tokenizer": (lambda folder: cut(folder, "tokenizer.json"), r"tokenizer\.json: has \d+ bytes, openvino\.json says"),
     "an older format": (listed('"format": 2', '"format": 1'), r"openvino\.json: has format 1, this dqtrain reads 2\. Export the run again"),
     "an edited list": (listed("model.xml", "model.xmm"), r"openvino\.json: does not have the hash in its last line; it was edited or damaged"),
