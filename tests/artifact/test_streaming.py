@@ -73,6 +73,17 @@ def test_every_family_computes_from_files(family, tmp_path):
                 assert torch.equal(logits_of(found), logits_of(dense))
 
 
+@torch.no_grad()
+def test_a_buffer_that_is_not_stored_since_it_is_zero_is_zero(tmp_path):
+    model = write(tmp_path, settings(), "bart")
+    model.final_logits_bias.zero_()
+    about = format.read_description(tmp_path)
+    format.write(model, tmp_path, {key: about[key] for key in ("activations", "coverage")})
+    with format.PackedTensors(tmp_path, format.read_description(tmp_path)) as packed:
+        assert "final_logits_bias" not in packed.floats
+    assert torch.equal(logits_of(artifact_in_files(tmp_path)), logits_of(model))
+
+
 def test_a_module_that_fails_holds_nothing():
     model = in_files(FAMILIES["gpt2"]())
     with pytest.raises(IndexError):
