@@ -252,7 +252,7 @@ def _artifacts(commands: Commands) -> None:
     export = _command(
         commands,
         "export",
-        "write and verify artifacts of a finished run; all are made of the codes of its packed one",
+        "write and verify artifacts of a finished run; those of a quantized student are made of the codes of its packed one",
         "dqtrain export runs/mine --to packed,gguf",
     )
     export.add_argument("run", type=Path, help="run directory")

@@ -7,7 +7,6 @@ shown as absent, with what installs them; an environment of their own that sees 
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dqtrain.bench.resident import resident
 from dqtrain.config import Data, Source
 from dqtrain.data import sources
 from dqtrain.data.order import Order
@@ -348,28 +348,19 @@ def _large() -> dict[str, float]:
                 sizes = {"num_tokens": size + 1, "num_documents": 1000 + n, "bytes": 2 * size + n, "checksum": f"{n:016x}", "part": n}
                 file.write("," * (n > 0) + json.dumps({"file": f"shard-{n:05d}-00000.bin", **sizes}))
             file.write("]}")
-        before = _resident("VmRSS", restart=True)
+        before = resident("VmRSS", restart=True)
         started = time.perf_counter()
         stream = Stream(Path(name), TOKENS, 1, True, quarantine=print)
         batch = 1024 * MICRO_BATCH
         samples = stream.order.at(range(10**6 * batch + 1000 * MICRO_BATCH, 10**6 * batch + 1001 * MICRO_BATCH))
         seconds = time.perf_counter() - started
-        peak = _resident("VmHWM")
+        peak = resident("VmHWM")
         # The order of this rank is that of any other, taken from a new one.
         again = Order([[size // TOKENS] * shards], 1, True)
         everywhere = np.random.default_rng(0).integers(0, again.num_samples, 10**5)
         assert (again.at(range(10**6 * batch + 1000 * MICRO_BATCH, 10**6 * batch + 1001 * MICRO_BATCH)) == samples).all()
         assert len(np.unique(again.at(np.unique(everywhere)))) == len(np.unique(everywhere))
     return {"tokens": float(shards * size), "shards": shards, "mib": (peak - before) / 2**20, "seconds": seconds}
-
-
-def _resident(name: str, restart: bool = False) -> int:
-    """Bytes of /proc/self/status; `restart` sets the high-water mark to what is resident now. Not getrusage's ru_maxrss, which begins with what the parent held."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, f"no {name} in /proc/self/status"
-    if restart:
-        Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * int(found[1])
 
 
 def _prepare(workers: int, folder: Path) -> dict[str, float]:

@@ -4,7 +4,6 @@ The run was never trained: its config, its coverage and a checkpoint as four ran
 """
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import GPT2Config, PretrainedConfig
 
 from dqtrain.bench.checkpoint import owned
+from dqtrain.bench.resident import resident
 from dqtrain.bench.sharding import XL
 from dqtrain.checkpoint import FORMAT, Index, persistent_buffers
 from dqtrain.config import load_config
@@ -62,18 +62,13 @@ def measure(run: RunDir, target: str, program: Sequence[str] = ("-m", "dqtrain")
     peak = 0
     with subprocess.Popen([sys.executable, *program, "export", str(run.path), "--to", target], stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:  # not getrusage's ru_maxrss, which begins with what this process holds
-            peak = max(peak, _high_water(process.pid))
+            peak = max(peak, resident("VmHWM", process=process.pid))
             time.sleep(0.02)
         if process.returncode:
             raise RuntimeError(f"dqtrain export ended with exit code {process.returncode}; its message is above")
         assert process.stdout is not None
         found = json.loads(process.stdout.read())
     return {"seconds": time.monotonic() - started, "peak": peak, "bytes": found["bytes"], "parity": found["parity"]}
-
-
-def _high_water(pid: int) -> int:
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0  # of a process that has ended
 
 
 def gpt2(shape: dict[str, int]) -> GPT2Config:

@@ -6,16 +6,15 @@ less the gradients that the loss leaves behind.
 """
 
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dqtrain.bench.resident import resident
 from dqtrain.distill import terms
 from dqtrain.distill.chunked import CHUNK_BYTES, chunked_loss, plain_loss
 from dqtrain.models.language import Head
@@ -66,12 +65,11 @@ def _measure(measure: str, paths: list[str], width: int, vocabulary: int, tokens
     inputs = _inputs(tokens, width, vocabulary)
     if measure == "bytes":
         (path,) = paths
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = resident("VmRSS", restart=True)
         _loss(path, inputs, chunk_bytes)
         student_hidden, student, *_ = inputs
         gradients = sum(tensor.grad.nbytes for tensor in (student_hidden, student.weight) if tensor.grad is not None)
-        return {path: float(_resident("VmHWM") - before - gradients)}
+        return {path: float(resident("VmHWM") - before - gradients)}
     seconds: dict[str, list[float]] = {path: [] for path in paths}
     for _ in range(rounds + 1):  # the first round warms up
         for path, values in seconds.items():
@@ -97,12 +95,6 @@ def _task_and_soft(student_logits: Tensor, teacher_logits: Tensor | None, labels
     assert teacher_logits is not None
     task, soft = terms.task(student_logits, labels).sum(), terms.cross_entropy(student_logits, teacher_logits).sum()
     return task + soft, {"task": task.detach(), "cross_entropy": soft.detach()}
-
-
-def _resident(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, f"no {name} in /proc/self/status"
-    return 1024 * int(found[1])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ so that what is resident is what is alive.
 import gc
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dqtrain.bench.resident import resident
 from dqtrain.config import RunConfig, Source, validate
 from dqtrain.plan import Memory, memory_of
 
@@ -158,7 +158,7 @@ def _measure(tiny: dict[str, Any], config: dict[str, Any]) -> dict[str, float]:
         engine.backward, engine.step = measured_backward, measured_update
         batches = next(trainer.batches(trainer.step))
         num_tokens, _, _ = trainer.agree(batches, requests)
-        _resident("VmHWM", restart=True)
+        resident("VmHWM", restart=True)
         trainer.one_step(batches, num_tokens)
         engine.backward, engine.step = backward, update
 
@@ -168,30 +168,21 @@ def _measure(tiny: dict[str, Any], config: dict[str, Any]) -> dict[str, float]:
     warm.student.destroy()
     del warm
     gc.collect()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
 
     def high(moment: str) -> None:
-        found[moment] = max(found.get(moment, 0), _resident("VmHWM", restart=True) - before)
+        found[moment] = max(found.get(moment, 0), resident("VmHWM", restart=True) - before)
 
-    _resident("VmHWM", restart=True)
+    resident("VmHWM", restart=True)
     trainer = built(config)
     high("load")
     gc.collect()
-    found["start"] = _resident("VmRSS") - before
+    found["start"] = resident("VmRSS") - before
     step(trainer, lambda moment: None)
     gc.collect()
-    found["rest"] = _resident("VmRSS") - before
+    found["rest"] = resident("VmRSS") - before
     step(trainer, high)
     return found
-
-
-def _resident(name: str, restart: bool = False) -> int:
-    """Bytes of /proc/self/status; `restart` sets the high-water mark to what is resident now."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, f"no {name} in /proc/self/status"
-    if restart:
-        Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * int(found[1])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dqtrain.bench.memory import _config, _resident, _write_teacher
+from dqtrain.bench.memory import _config, _write_teacher
+from dqtrain.bench.resident import resident
 from dqtrain.config import validate
 
 PLACES = ("none", "cpu", "nvme")
@@ -76,13 +77,13 @@ def _measure(tiny: dict[str, Any], blocks: dict[str, Any]) -> dict[str, float]:
     warm.student.destroy()
     del warm
     gc.collect()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     found: dict[str, float] = {}
 
     def high(moment: str) -> None:
-        found[moment] = _resident("VmHWM", restart=True) - before
+        found[moment] = resident("VmHWM", restart=True) - before
 
-    _resident("VmHWM", restart=True)
+    resident("VmHWM", restart=True)
     trainer = built(blocks)
     high("start")
     step(trainer)
@@ -93,13 +94,13 @@ def _measure(tiny: dict[str, Any], blocks: dict[str, Any]) -> dict[str, float]:
     found["step_s"] = (time.monotonic() - started) / STEPS
     high("steps")
     gc.collect()
-    found["between"] = _resident("VmRSS") - before
+    found["between"] = resident("VmRSS") - before
     trainer.step = 1 + STEPS
     trainer.save()
     trainer.saver.close()
     high("checkpoint")
     gc.collect()
-    _resident("VmHWM", restart=True)
+    resident("VmHWM", restart=True)
     folder, _ = checkpoint.newest(trainer.run.checkpoints)
     assert folder is not None
     checkpoint.load(folder, trainer.student)
