@@ -34,8 +34,8 @@ from dqtrain.rundir import RunDir
 from dqtrain.world import World
 
 
-def load_artifact(path: Path | str, mode: str = "exact") -> PreTrainedModel:
-    """The model of a packed artifact, in eval mode: `exact`, `dense` or `fast` (`pretrained`); as transformers' from_pretrained gives it after `import dqtrain`.
+def load_artifact(path: Path | str, mode: str = "exact", device: str = "cpu") -> PreTrainedModel:
+    """The model of a packed artifact, in eval mode, on a device: `exact`, `dense` or `fast` (`pretrained`); as transformers' from_pretrained gives it after `import dqtrain`.
 
     Raises CheckpointError for a damaged artifact and for a folder that holds none, ConfigError for what a mode cannot do.
     """
@@ -44,8 +44,8 @@ def load_artifact(path: Path | str, mode: str = "exact") -> PreTrainedModel:
         raise CheckpointError(f"{folder}: no artifact.json there, so that it is no packed artifact. Give a folder that `dqtrain export RUN` wrote.")
     config = read_model_config(folder)
     config.quantization_config = {"quant_method": METHOD, "mode": mode}
-    model = model_class(config).from_pretrained(folder, config=config, dtype=DTYPES.get(mode) or torch.float32, local_files_only=True)
-    return model
+    how = {"dtype": DTYPES.get(mode) or torch.float32, "device_map": None if device == "cpu" else {"": device}}
+    return model_class(config).from_pretrained(folder, config=config, local_files_only=True, **how)
 
 
 def chosen_checkpoint(run: RunDir) -> Path:
