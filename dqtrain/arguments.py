@@ -296,7 +296,7 @@ def _artifacts(commands: Commands) -> None:
     generate.add_argument(
         "--mode",
         choices=["exact", "dense", "fast"],
-        help="of a packed artifact: exact, as it was trained (default); dense, float activations; fast, torch's integer kernels for CPUs, float activations",
+        help="of a packed artifact: exact, as it was trained (default); dense, float activations; fast, torch's integer kernels, float activations, on the GPU if there is one",
     )
     generate.add_argument("--compare", type=Path, metavar="MODEL", help="let this model, such as the teacher, write too")
     serving = _command(
