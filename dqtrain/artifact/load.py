@@ -222,6 +222,7 @@ def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int, strea
     """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt.
 
     Where the tokenizer has a chat template the prompt is what a user says, and the answer alone is given. `stream`: also print it, as it is written.
+    Raises ConfigError for too many tokens, DataError for a template that refuses the prompt.
     """
     tokenizer = load_tokenizer(path)
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)

@@ -167,3 +167,9 @@ def test_addresses_and_ports(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["serve", str(tmp_path), "--port", port])
         assert f"{port} is no port: give 1 to 65535" in capsys.readouterr().err
+
+
+def test_the_usage_names_what_goes_to_the_server(capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    assert re.match(r"usage: dqtrain serve \[-h\] .* model \[-- FLAGS\]\n", capsys.readouterr().out)

@@ -50,7 +50,10 @@ class GraphRunner:
         return torch.cat([torch.from_numpy(reading.read([part])[0]) for part in parts])
 
     def generate(self, prompt: str, tokens: int, stream: bool = False) -> str:
-        """The prompt and its greedy continuation of up to `tokens` tokens, as `load.complete` gives it; printed as it is written with `stream`. Raises ConfigError."""
+        """The prompt and its greedy continuation of up to `tokens` tokens, as `load.complete` gives it; printed as it is written with `stream`.
+
+        Raises ConfigError for too many tokens, DataError for a chat template that refuses the prompt.
+        """
         tokenizer, longest = load_tokenizer(self.folder), getattr(self.config, "max_position_embeddings", None)
         file = self.folder / "generation_config.json"
         search: Any = GenerationConfig.from_pretrained(self.folder) if file.is_file() else GenerationConfig.from_model_config(self.config)
