@@ -445,16 +445,17 @@ def _plan(config: RunConfig, nodes: int, gpus: int, gpu: str, as_json: bool) -> 
 
 def _generate(path: Path, prompt: str, tokens: int, mode: str | None, other: Path | None) -> int:
     """Print the prompt and its greedy continuation, as it is written; below it that of another model."""
+    from dqtrain.artifact.gguf.files import files_of
+
     for model in (path, other) if other else (path,):
         if other:
             print(f"{model}:")
-        file = model if model.suffix == ".gguf" else model / "model.gguf"
-        if file.is_file():
+        if files_of(model):
             from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
 
             if mode and model == path:
-                raise ConfigError(f"--mode is for packed artifacts, but llama.cpp runs {file}. Leave it out.")
-            with LlamaCpp(file) as runtime:
+                raise ConfigError(f"--mode is for packed artifacts, but llama.cpp runs {model}. Leave it out.")
+            with LlamaCpp(model) as runtime:
                 print(runtime.generate(prompt, tokens))
             continue
         if (model / "onnx.json").is_file():

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dqtrain.artifact.description import check_if_listed, check_list
+from dqtrain.artifact.gguf.files import FILE, files_of
 from dqtrain.errors import ConfigError
 from dqtrain.rundir import RunDir
 
@@ -22,12 +23,14 @@ def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
     Files that a list beside them names are looked at first, since no server does. Raises ConfigError for what no server runs, for a server that is not
     installed, and for a port that is taken, CheckpointError for damage.
     """
-    file = path if path.suffix == ".gguf" else path / "model.gguf"
+    files = files_of(path)
+    file = files[0] if files else path / FILE
     if RunDir(path).config.is_file():
         raise ConfigError(
             f"{path} is a run. Name one of its artifacts, such as {path}/artifact/packed; `dqtrain export {path} --to gguf` makes one for llama.cpp."
         )
-    check_if_listed(path)
+    for part in files if path.is_file() else [path]:
+        check_if_listed(part)
     if not file.is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: is neither a GGUF file nor a model directory. Name an artifact that `dqtrain export` wrote.")
     runtime = next((name for name, listed in (("ONNX", "onnx.json"), ("OpenVINO", "openvino.json")) if (path / listed).is_file()), None)
