@@ -19,8 +19,8 @@ from dqtrain.artifact.compressed.target import CompressedTarget, check_compresse
 from dqtrain.artifact.description import LIST, write_list
 from dqtrain.artifact.gguf.target import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.load import trained_in_files
-from dqtrain.artifact.onnx.target import OnnxTarget, check_onnx, describe_onnx
-from dqtrain.artifact.openvino.target import OpenVinoTarget, check_openvino, describe_openvino
+from dqtrain.artifact.onnx.target import OnnxTarget
+from dqtrain.artifact.openvino.target import OpenVinoTarget
 from dqtrain.artifact.pretrained import name_in_config
 from dqtrain.artifact.size import export_about
 from dqtrain.artifact.target import RuntimeTarget
@@ -46,8 +46,8 @@ class Runtime(NamedTuple):
 
 RUNTIMES: dict[Target, Runtime] = {
     "gguf": Runtime(check_gguf, describe_gguf, GgufTarget),
-    "onnx": Runtime(check_onnx, describe_onnx, OnnxTarget),
-    "openvino": Runtime(check_openvino, describe_openvino, OpenVinoTarget),
+    "onnx": Runtime(OnnxTarget.check, OnnxTarget.describe, OnnxTarget),
+    "openvino": Runtime(OpenVinoTarget.check, OpenVinoTarget.describe, OpenVinoTarget),
     "compressed-tensors": Runtime(check_compressed, describe_compressed, CompressedTarget),
 }
 """Targets that a program of its own runs, each proven in it (`parity.verify_target`)."""
