@@ -32,6 +32,7 @@ from dqtrain import tensor_file
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.description import sealed
 from dqtrain.artifact.gguf.family import family
+from dqtrain.artifact.gguf.files import files_of
 from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
 from dqtrain.artifact.gguf.target import GgufTarget
 from dqtrain.artifact.gguf.tokenizer import tokenizer_fields
@@ -97,6 +98,14 @@ def test_generate_runs_it(finished):
         assert code == 0, texts[place]
     assert texts["gguf"] == texts["gguf/model.gguf"] and texts["gguf"].startswith("the cat sees")
     assert texts["gguf"] == texts["onnx"] == texts["packed"]  # the words are far enough apart for 8-bit activations of either kind
+
+
+def test_a_run_exports_parts_and_the_card_names_the_first(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished[0].path, tmp_path / "run")
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 5_000)
+    assert main(["export", str(tmp_path / "run"), "--to", "gguf"]) == 0
+    folder = Path(json.loads(capsys.readouterr().out)["path"])
+    assert len(files_of(folder)) > 2 and f"llama-cli -m model-00001-of-{len(files_of(folder)):05d}.gguf " in (folder / "README.md").read_text()
 
 
 def flip_a_bit(path):
@@ -483,11 +492,14 @@ PART_BYTES = 50_000
 
 
 def test_a_large_model_is_in_parts(student, tmp_path, monkeypatch, caplog):
-    """Weights, logits, tokens and sizes are proven on them, and are those of one file."""
+    """Weights, logits, tokens and sizes are proven on them; texts and bytes of tensors are those of one file."""
     made = packed_artifact(student("llama"), QUANT, tmp_path / "packed")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
-    expected = to_gguf(made, whole)
+    with format.PackedTensors(made[1], format.read_description(made[1])) as tensors:
+        target = GgufTarget(tensors, made[0].config, Export())
+        target.write(whole)
+    expected = target.stored_bytes(whole)
     monkeypatch.setattr(tensor_file, "SHARD_BYTES", PART_BYTES)
     found = to_gguf(made, parts)
     files = sorted(file.name for file in parts.glob("*"))
@@ -496,8 +508,8 @@ def test_a_large_model_is_in_parts(student, tmp_path, monkeypatch, caplog):
     readers = [gguf.GGUFReader(parts / file) for file in files[1:]]
     assert all(len(reader.tensors) == 1 or sum(int(tensor.n_bytes) for tensor in reader.tensors) <= PART_BYTES for reader in readers)
     assert ["tokenizer.ggml.tokens" in reader.fields for reader in readers] == [True] + [False] * (len(files) - 2)
-    assert found["bytes"]["tensors"] == expected["bytes"]["tensors"] and found["bytes"]["file"] == sum((parts / file).stat().st_size for file in files[1:])
-    assert {**found, "bytes": None} == {**expected, "bytes": None}
+    assert found["bytes"]["tensors"] == expected["tensors"] and found["bytes"]["file"] == sum((parts / file).stat().st_size for file in files[1:])
+    assert found["weights"]["bit_identical"] == found["weights"]["tensors"] == 21 and found["tokenizer"]["texts"] >= 8
     for path in (parts, parts / files[1], parts / files[2]):
         with LlamaCpp(path) as runtime, LlamaCpp(whole) as other:
             assert runtime.generate("the cat sees", 8) == other.generate("the cat sees", 8)

@@ -7,9 +7,12 @@ import pytest
 import torch
 from families import FAMILIES
 from test_ggml_blocks import GRIDS_AND_BITS, drawn, quantizer_of
+from test_onnx import with_tokenizer
 from test_packed import settings
 from transformers import MixtralConfig
 
+from dqtrain import tensor_file
+from dqtrain.artifact import format
 from dqtrain.artifact.gguf.blocks import as_tensor, rows_of
 from dqtrain.artifact.openvino.digits import fit, num_bytes, pack, parts
 from dqtrain.artifact.openvino.graph import openvino_package
@@ -92,6 +95,13 @@ def test_groups_that_openvino_multiplies_wrongly_are_floats(group):
     assert found.is_float and f"groups of {group} are multiplied wrongly" in found.why
     assert parts(quantizer, found, (7, 3 * group), False) == {"": ("f32", (7, 3 * group))}
     assert not fit(quantizer, group).is_float
+
+
+def test_its_weights_are_one_file_of_any_size(world, tmp_path, monkeypatch):
+    made = with_tokenizer(world, FAMILIES["gpt2"](), settings(), tmp_path / "packed")
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 5_000)
+    with format.PackedTensors(made[1], format.read_description(made[1])) as tensors:
+        assert OpenVinoTarget(tensors, made[0].config, Export()).files == ["model.bin"]
 
 
 def coverage_of(quant):
