@@ -95,32 +95,6 @@ def notes(found: list[Placement]) -> list[str]:
     return notes_of((place.fit.type, place.fit.why, place.name) for place in found)
 
 
-def check_gguf(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
-    """What a person should know of the file before training, one line each. Raises ConfigError for what it cannot hold and for what is not installed."""
-    gguf, found = gguf_package(), placements(config, coverage, asked.gguf == "fastest")
-    require_runtime()
-    tokenizer_fields(tokenizer, config, gguf.GGUFWriter(None, "check"))
-    refused = refusal(found)
-    if refused is not None and not asked.allow_inexact:
-        raise ConfigError(refused)
-    return [f"gguf: {line}" for line in notes(found)]
-
-
-def describe_gguf(quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
-    """What a GGUF file of a student would hold, before there is one: types and bytes, reasons, and what it cannot hold. Raises ConfigError as `placements`."""
-    fastest = asked.gguf == "fastest"
-    found = placements(config, coverage, fastest)
-    counts = Counter(place.fit.type for place in found)
-    size = tensor_bytes(config, coverage, float_shapes, fastest)
-    types = ", ".join(f"{type} for {count}" for type, count in counts.most_common())
-    refused = refusal(found)
-    return [
-        f"gguf: {size:,} bytes of tensors; {types} of {len(found)} quantized weights",
-        *(f"gguf: {line}" for line in notes(found)),
-        *([refused] if refused else []),
-    ]
-
-
 def tensor_bytes(config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], fastest: bool = False) -> int:
     """Bytes of the file's tensors, each filled up to 32: from shapes alone, before there are weights. `float_shapes`: those of all that is not quantized."""
     sizes = [num_bytes(place.fit.type, place.shape) for place in placements(config, coverage, fastest)]
@@ -145,6 +119,32 @@ class GgufTarget:
     name: Target = "gguf"
     program = "llama.cpp"
     tolerance = 1e-3  # its GELU is a table of fp16 values
+
+    @classmethod
+    def check(cls, quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
+        """What a person should know of the file before training, one line each. Raises ConfigError for what it cannot hold and for what is not installed."""
+        gguf, found = gguf_package(), placements(config, coverage, asked.gguf == "fastest")
+        require_runtime()
+        tokenizer_fields(tokenizer, config, gguf.GGUFWriter(None, "check"))
+        refused = refusal(found)
+        if refused is not None and not asked.allow_inexact:
+            raise ConfigError(refused)
+        return [f"gguf: {line}" for line in notes(found)]
+
+    @classmethod
+    def describe(cls, quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
+        """What a GGUF file of a student would hold, before there is one: types and bytes, reasons, and what it cannot hold. Raises ConfigError as `placements`."""
+        fastest = asked.gguf == "fastest"
+        found = placements(config, coverage, fastest)
+        counts = Counter(place.fit.type for place in found)
+        size = tensor_bytes(config, coverage, float_shapes, fastest)
+        types = ", ".join(f"{type} for {count}" for type, count in counts.most_common())
+        refused = refusal(found)
+        return [
+            f"gguf: {size:,} bytes of tensors; {types} of {len(found)} quantized weights",
+            *(f"gguf: {line}" for line in notes(found)),
+            *([refused] if refused else []),
+        ]
 
     def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None:
         self.packed, self.config, self.family, self.fastest = packed, config, family(config), asked.gguf == "fastest"
