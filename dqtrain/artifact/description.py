@@ -26,7 +26,7 @@ from dqtrain.files import digest, write_text
 FORMAT = 4
 LIST_FORMAT = 2
 LIST = "files.json"
-"""The list in a folder of floats or of a GGUF file, whose own formats have no place for one."""
+"""The list in a folder of floats or of GGUF files, whose own formats have no place for one."""
 
 _SEAL = '"xxh3_128": "'
 _ROW = {"kind": None, "quantizer": None, "input_quantizer": None, "reason": None}
