@@ -288,6 +288,13 @@ def test_a_graph_that_cannot_be_written(world, tmp_path):
         target.write(tmp_path / "openvino")
 
 
+def test_a_graph_that_openvino_does_not_read_is_no_matter_of_the_disk(tmp_path):
+    g = IrGraph({}, {})
+    g.output(g.op("NoSuchOperator", g.input("x", (2,))), (2,))
+    with pytest.raises(RuntimeError, match="NoSuchOperator"):
+        write_ir({tmp_path / "model.xml": g}, tmp_path / WEIGHTS)
+
+
 def test_the_same_student_is_the_same_files(world, tmp_path):
     """In a process that has made others before, too."""
     made = with_tokenizer(world, FAMILIES["bart"](), QUANT, tmp_path / "packed")
