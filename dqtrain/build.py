@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dqtrain import checkpoint, hub
+from dqtrain.artifact.description import check_if_listed
 from dqtrain.artifact.export import check_targets
 from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.config import SPLITS, Data, RunConfig, check_ranks
@@ -52,7 +53,7 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     """Make everything a run needs, from its config alone. Collective: rank 0 prepares the data while the others wait."""
     check_ranks(config.train, world.world_size)
     metrics = Metrics(run, world, config.train.steps)
-    _check_models(config)  # before minutes of tokenising
+    _check_models(config, world)  # before minutes of tokenising
     if config.zero.nvme is not None:
         require_room(config.zero.nvme, 1, world)
     tokenizer = tokenizer_directory(config, run)
@@ -220,7 +221,7 @@ def cache_teacher(config: RunConfig, run: RunDir, world: World) -> None:
     """Store what the teacher says about every training sample, where `teacher.source` says what. Collective."""
     assert config.teacher is not None and config.teacher.source != "online"
     metrics = Metrics(run, world, config.train.steps)
-    _check_models(config)
+    _check_models(config, world)
     path, tokenizer = model_directory(config.teacher.path), tokenizer_directory(config, run)
     shards = broadcast_object(prepare_data(config, run, lambda message, share: metrics.say(message)) if world.rank == 0 else {})
     student = read_model_config(start_directory(config.student.init_from) if config.student.init_from else path)
@@ -272,10 +273,12 @@ def _first_mean(
     return total / count
 
 
-def _check_models(config: RunConfig) -> None:
-    """Raise ConfigError for models that cannot be used, or not together; looks at their config.json alone."""
+def _check_models(config: RunConfig, world: World) -> None:
+    """Raise ConfigError for models that cannot be used, or not together, by their config.json; CheckpointError for what is not as a list of its own says. Collective."""
     models = {"teacher.path": model_directory(config.teacher.path)} if config.teacher else {}
     models |= {"student.init_from": start_directory(config.student.init_from)} if config.student.init_from else {}
+    for folder in models.values():
+        on_rank_0(world, functools.partial(check_if_listed, folder))
     configs = {name: read_model_config(folder) for name, folder in models.items()}
     for name, model in configs.items():
         check_length(model, config.data, name)

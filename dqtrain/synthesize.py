@@ -16,6 +16,7 @@ import torch
 import xxhash
 from transformers import PreTrainedModel
 
+from dqtrain.artifact.description import check_if_listed
 from dqtrain.data.prepare import load_tokenizer, tokenizer_files
 from dqtrain.data.shard import writing
 from dqtrain.errors import ConfigError
@@ -42,13 +43,14 @@ def synthesize(
     Document i depends on the teacher, `seed` and i, and on `batch` by rounding alone. Whole batches are appended to `out`.part; killed and started
     again, it goes on behind the last one. `out`.json keeps the settings: a finished file of the same ones is left alone. A GPU is used if there
     is one, in bf16. `progress` is called with (documents done, documents). Raises ConfigError for a teacher that cannot do it and for an `out` of other
-    settings, DataError for a tokenizer or disk that cannot be used.
+    settings, DataError for a tokenizer or disk that cannot be used, CheckpointError for a teacher that is not what the list in its folder says.
     """
     if out.suffix != ".jsonl":
         raise ConfigError(f"{out}: a corpus of documents is a .jsonl file; give a name that ends so.")
     for name, value, least in (("num_documents", num_documents, 1), ("tokens", tokens, 2), ("batch", batch, 1), ("seed", seed, 0)):
         if value < least:
             raise ConfigError(f"{name} is {value}, but must be {least} or more.")
+    check_if_listed(teacher)
     config = read_model_config(teacher)
     if config.is_encoder_decoder:
         raise ConfigError(f"{teacher}: {config.model_type} writes from a source alone, but a causal language model is needed. Give another teacher.")

@@ -2,7 +2,7 @@
 
 A file (https://github.com/huggingface/safetensors#format) is 8 bytes, the length of the header; the header, JSON without spaces that is filled up with
 spaces to a multiple of 8; and the tensors, the most aligned dtypes first, then by name: the library's own order, so that files are equal to its in every byte.
-A model of many bytes is several files and an index, named as transformers does.
+A model of many bytes is several files and an index, named as transformers does; those of other formats are parted like these.
 """
 
 import json
@@ -111,20 +111,24 @@ def write_tensors(path: Path, layout: Layout, read: Callable[[str], Tensor]) -> 
         return file.tell(), hashed.hexdigest()
 
 
-def model_files(layout: Layout) -> dict[str, Layout]:
-    """The files that a model's tensors are in, of SHARD_BYTES at most each, in the order of the layout; a tensor that is larger has a file of its own."""
-    shards: list[dict[str, tuple[torch.dtype, Sequence[int]]]] = [{}]
+def in_parts(name: str, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Tensors (bytes by name) in files of SHARD_BYTES at most each, in their order: one `name` holds all, or model-00001-of-00003.SUFFIX and so on. A larger tensor is alone."""
+    parts: list[list[str]] = [[]]
     room = SHARD_BYTES
-    for name, tensor in layout.items():
-        size = num_bytes(*tensor)
-        if size > room and shards[-1]:
-            shards.append({})
+    for tensor, size in sizes.items():
+        if size > room and parts[-1]:
+            parts.append([])
             room = SHARD_BYTES
-        shards[-1][name] = tensor
+        parts[-1].append(tensor)
         room -= size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    stem, _, suffix = name.partition(".")
+    return {name if len(parts) == 1 else f"{stem}-{number:05d}-of-{len(parts):05d}.{suffix}": part for number, part in enumerate(parts, 1)}
+
+
+def model_files(layout: Layout) -> dict[str, Layout]:
+    """The files that a model's tensors are in (`in_parts`)."""
+    parts = in_parts("model.safetensors", {name: num_bytes(*tensor) for name, tensor in layout.items()})
+    return {file: {name: layout[name] for name in part} for file, part in parts.items()}
 
 
 def index_text(files: Mapping[str, Layout]) -> dict[str, str]:

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import config_text
+from conftest import config_text, flip
 from families import ALONE, FAMILIES, whole_student
 
+from dqtrain.artifact.description import LIST, write_list
 from dqtrain.build import _check_models, student_model
 from dqtrain.config import Distill, Hidden, load_config
 from dqtrain.distill.objective import Objective, needed_outputs
-from dqtrain.errors import ConfigError
+from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models.language import Inputs, LanguageModel, Taught, inputs_of
 from dqtrain.models.making import load_model
 
@@ -130,6 +131,18 @@ def test_settings_name_the_terms():
 def test_models_that_do_not_go_together_are_refused(family, changes, terms, message, make, tmp_path):
     config, _ = make(family, student=f"{{init_from: {tmp_path}/start}}", distill=terms, init_from=deep(family, **changes))
     with pytest.raises(ConfigError, match=message):
-        _check_models(config)
+        _check_models(config, ALONE)
     if not {"vocab_size", "decoder_start_token_id"} & changes.keys():  # nothing compares them
-        _check_models(make(family, student=f"{{init_from: {tmp_path}/start}}", distill="{logits: {weight: 1.0}}")[0])
+        _check_models(make(family, student=f"{{init_from: {tmp_path}/start}}", distill="{logits: {weight: 1.0}}")[0], ALONE)
+
+
+@pytest.mark.parametrize("place", ["teacher", "start"])
+def test_a_model_that_is_an_artifact_is_held_against_its_list(place, make, tmp_path):
+    other = deep("gpt2")
+    config, folder = make("gpt2", student=f"{{init_from: {tmp_path}/start}}", init_from=other)
+    folder = folder if place == "teacher" else tmp_path / "start"
+    write_list(folder / LIST)
+    _check_models(config, ALONE)
+    flip(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{folder}/model\.safetensors: does not have the hash in files\.json"):
+        _check_models(config, ALONE)

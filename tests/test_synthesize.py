@@ -2,18 +2,21 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import xxhash
+from conftest import flip
 from families import FAMILIES, LLAMA
 from transformers import AutoModelForCausalLM
 
+from dqtrain.artifact.description import LIST, write_list
 from dqtrain.config import Source
 from dqtrain.data.corpus import texts_of
 from dqtrain.data.prepare import END_OF_TEXT, load_tokenizer, train_tokenizer
-from dqtrain.errors import ConfigError
+from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.synthesize import synthesize
 
 VOCAB, END = 280, 0
@@ -166,6 +169,14 @@ def test_a_finished_file_is_left_alone_and_another_ones_settings_refused(teacher
     settings.write_text(kept)
     synthesize(teachers / "gpt2", out, 3, 6, seed=5)
     assert out.read_bytes() == before[0]
+
+
+def test_a_teacher_that_is_a_damaged_artifact_is_refused(teachers, tmp_path):
+    folder = shutil.copytree(teachers / "gpt2", tmp_path / "teacher")
+    write_list(folder / LIST)
+    flip(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: does not have the hash in files\.json"):
+        synthesize(folder, tmp_path / "out.jsonl", 3, 6, seed=5)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(teachers, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dqtrain.artifact.gguf.files import files_of
 from dqtrain.config import RunConfig, Target
 from dqtrain.errors import UserError
 from dqtrain.files import write_text
@@ -26,7 +27,7 @@ _LOAD: dict[str, str] = {
     "openvino": "With `pip install openvino`; every graph of the folder reads `model.bin`:\n\n"
     '```python\nimport openvino\nmodel = openvino.compile_model(openvino.Core().read_model("{graph}", "model.bin"), "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})\n```\n\n'
     'or `dqtrain generate . "Once upon a time"`.\n',
-    "gguf": '```\nllama-cli -m model.gguf -p "Once upon a time"\n```\n',
+    "gguf": '```\nllama-cli -m {gguf} -p "Once upon a time"\n```\n',
 }
 
 
@@ -49,7 +50,7 @@ def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, 
         f"Trained by dqtrain for {scores['step']:,} steps{f', taught by {teacher}' if teacher else ''}.",
         "## Use",
         _LOAD.get(reader, '```\ndqtrain generate . "Once upon a time"\n```\n')
-        .format(auto=auto, graph="decoder.xml" if is_encoder_decoder else "model.xml")
+        .format(auto=auto, graph="decoder.xml" if is_encoder_decoder else "model.xml", gguf=next((file.name for file in files_of(folder)), None))
         .rstrip(),
         *(["Activations are float here, and were quantized in training."] if target == "hf" and config.quant and config.quant.activations else []),
         "## Size",

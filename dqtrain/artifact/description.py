@@ -26,7 +26,7 @@ from dqtrain.files import digest, write_text
 FORMAT = 4
 LIST_FORMAT = 2
 LIST = "files.json"
-"""The list in a folder of floats or of a GGUF file, whose own formats have no place for one."""
+"""The list in a folder of floats or of GGUF files, whose own formats have no place for one."""
 
 _SEAL = '"xxh3_128": "'
 _ROW = {"kind": None, "quantizer": None, "input_quantizer": None, "reason": None}
@@ -84,8 +84,7 @@ def write_list(path: Path) -> None:
 
 def check_list(path: Path) -> list[str]:
     """Names of the files that `write_list` listed, each looked at whole. Raises CheckpointError for no list, one of another format, and damage."""
-    text = read_sealed(path, LIST_FORMAT)
-    files = json.loads(text)["files"]
+    files = _listed(path)
     check_files(path, files)
     return list(files)
 
@@ -97,8 +96,12 @@ def check_if_listed(path: Path) -> None:
     """
     listing = (path if path.is_dir() else path.parent) / LIST
     if listing.is_file():
-        files = json.loads(read_sealed(listing, LIST_FORMAT))["files"]
-        check_files(listing, {name: expected for name, expected in files.items() if path.is_dir() or name == path.name})
+        check_files(listing, {name: expected for name, expected in _listed(listing).items() if path.is_dir() or name == path.name})
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """Sizes and hashes by name."""
+    return json.loads(read_sealed(path, LIST_FORMAT))["files"]
 
 
 def read_sealed(path: Path, version: int) -> str:

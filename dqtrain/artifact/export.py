@@ -3,10 +3,10 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,16 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.card import size_of, write_card
-from dqtrain.artifact.compressed.target import CompressedTarget, check_compressed, describe_compressed
+from dqtrain.artifact.compressed.target import CompressedTarget
 from dqtrain.artifact.description import LIST, write_list
-from dqtrain.artifact.gguf.target import GgufTarget, check_gguf, describe_gguf
+from dqtrain.artifact.gguf.target import GgufTarget
 from dqtrain.artifact.load import trained_in_files
-from dqtrain.artifact.onnx.target import OnnxTarget, check_onnx, describe_onnx
-from dqtrain.artifact.openvino.target import OpenVinoTarget, check_openvino, describe_openvino
+from dqtrain.artifact.onnx.target import OnnxTarget
+from dqtrain.artifact.openvino.target import OpenVinoTarget
 from dqtrain.artifact.pretrained import name_in_config
 from dqtrain.artifact.size import export_about
 from dqtrain.artifact.target import RuntimeTarget
-from dqtrain.config import Export, Quant, RunConfig, Target
+from dqtrain.config import Export, RunConfig, Target
 from dqtrain.data.stream import AnyStream
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import sync_path, write_text
@@ -33,22 +33,11 @@ from dqtrain.quant.modules import Coverage, float_bytes, is_learned_scale, laten
 from dqtrain.rundir import RunDir
 from dqtrain.tensor_file import write_model_files
 
-
-class Runtime(NamedTuple):
-    """What makes a target of another program."""
-
-    check: Callable[
-        [Quant, PretrainedConfig, Coverage, Path, Export], list[str]
-    ]  # settings, model, coverage, tokenizer -> what to know, a line each; or ConfigError
-    describe: Callable[[Quant, PretrainedConfig, Coverage, Sequence[tuple[int, ...]], Export], list[str]]  # shapes of floats -> lines, refusals among them
-    target: Callable[[format.PackedTensors, PretrainedConfig, Export], RuntimeTarget]
-
-
-RUNTIMES: dict[Target, Runtime] = {
-    "gguf": Runtime(check_gguf, describe_gguf, GgufTarget),
-    "onnx": Runtime(check_onnx, describe_onnx, OnnxTarget),
-    "openvino": Runtime(check_openvino, describe_openvino, OpenVinoTarget),
-    "compressed-tensors": Runtime(check_compressed, describe_compressed, CompressedTarget),
+RUNTIMES: dict[Target, type[RuntimeTarget]] = {
+    "gguf": GgufTarget,
+    "onnx": OnnxTarget,
+    "openvino": OpenVinoTarget,
+    "compressed-tensors": CompressedTarget,
 }
 """Targets that a program of its own runs, each proven in it (`parity.verify_target`)."""
 
@@ -198,7 +187,7 @@ def _hf(run: RunDir, model: PreTrainedModel, scores: Mapping[str, Any]) -> dict[
 def _for_runtime(name: Target, run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None, scores: Mapping[str, Any]) -> dict[str, Any]:
     packed = run.artifact("packed")
     with _published(run, name) as partial, format.PackedTensors(packed, format.read_description(packed)) as tensors:
-        target = RUNTIMES[name].target(tensors, model.config, asked)
+        target = RUNTIMES[name](tensors, model.config, asked)
         target.write(partial)
         found = parity.verify_target(model, packed, partial, target, held_out, asked.allow_inexact)
         return _figures(run, name, model, partial, found["bytes"]["file"], found, scores)

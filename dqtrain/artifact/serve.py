@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dqtrain.artifact.description import check_if_listed, check_list
+from dqtrain.artifact.gguf.files import files_of
 from dqtrain.artifact.program import program_of
 from dqtrain.errors import ConfigError
 from dqtrain.rundir import RunDir
@@ -28,8 +29,9 @@ def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
         raise ConfigError(
             f"{path} is a run. Name one of its artifacts, such as {path}/artifact/packed; `dqtrain export {path} --to gguf` makes one for llama.cpp."
         )
-    check_if_listed(path)
-    if program != "llama.cpp" and not (path / "config.json").is_file():
+    for part in files_of(path) if path.is_file() else [path]:
+        check_if_listed(part)
+    if not model.is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: is neither a GGUF file nor a model directory. Name an artifact that `dqtrain export` wrote.")
     if program in ("ONNX Runtime", "OpenVINO"):
         raise ConfigError(f"{path}: no server that dqtrain knows runs {program}. `dqtrain generate {path} PROMPT` does; or serve another target of the run.")

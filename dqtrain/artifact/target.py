@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from dqtrain.config import Target
+from dqtrain.artifact.format import PackedTensors
+from dqtrain.config import Export, Quant, Target
 from dqtrain.errors import ConfigError
+from dqtrain.quant.modules import Coverage
 
 
 class Runner(Protocol):
@@ -21,6 +24,21 @@ class Runner(Protocol):
 
 class RuntimeTarget(Protocol):
     """A packed artifact as another program is to have it. Names and layouts of tensors are transformers' wherever no other is said."""
+
+    @classmethod
+    def check(cls, quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
+        """What a person should know of the files before training, one line each. Raises ConfigError for what they cannot hold and for what is not installed."""
+        ...
+
+    @classmethod
+    def describe(cls, quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
+        """What the files of a student would hold, before there is one, and what they cannot hold, one line each; `float_shapes`: those of all that is not quantized.
+
+        Raises ConfigError for a model that the program cannot run.
+        """
+        ...
+
+    def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None: ...
 
     @property
     def name(self) -> Target:

@@ -439,7 +439,7 @@ def _prepare(folder: Path, shape: Shape, names: list[str]) -> None:
                     place.mkdir()
                     # Of compressed-tensors float activations are allowed: vLLM has no others beside 4 bits on CPUs.
                     asked = Export(gguf="fastest" if "fastest" in how else "smallest", compressed_tensors="vllm", allow_inexact=target == "compressed-tensors")
-                    TARGETS[target].target(tensors, config, asked).write(place)
+                    TARGETS[target](tensors, config, asked).write(place)
     dense = load_artifact(folder / "packed 2", "dense")
     dense.save_pretrained(folder / "fp32")
     dense.to(torch.bfloat16).save_pretrained(folder / "bf16")  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from dqtrain import tensor_file
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.compressed.load import load_compressed
 from dqtrain.artifact.compressed.plan import plan
-from dqtrain.artifact.compressed.target import CompressedTarget, check_compressed, describe_compressed
+from dqtrain.artifact.compressed.target import CompressedTarget
 from dqtrain.artifact.load import load_any, load_artifact, load_spread
 from dqtrain.cli import main
 from dqtrain.config import BITS_OF_GRID, Export, Quant
@@ -192,10 +192,10 @@ def test_what_these_programs_get_wrong_is_refused_before_training(family, settin
     coverage = quantize_model(model, settings)
     asked = Export(compressed_tensors=layout)
     with pytest.raises(ConfigError, match=message) as refused:
-        check_compressed(settings, model.config, coverage, tmp_path, asked)
+        CompressedTarget.check(settings, model.config, coverage, tmp_path, asked)
     if "--allow-inexact" in str(refused.value):
-        assert str(refused.value) in describe_compressed(settings, model.config, coverage, [], asked)
-        check_compressed(settings, model.config, coverage, tmp_path, Export(compressed_tensors=layout, allow_inexact=True))
+        assert str(refused.value) in CompressedTarget.describe(settings, model.config, coverage, [], asked)
+        CompressedTarget.check(settings, model.config, coverage, tmp_path, Export(compressed_tensors=layout, allow_inexact=True))
 
 
 def test_settings_that_would_be_dropped_are_refused(tmp_path):
@@ -207,10 +207,10 @@ def test_settings_that_would_be_dropped_are_refused(tmp_path):
         model = FAMILIES[family]()
         coverage = quantize_model(model, asked)
         with pytest.raises(ConfigError, match=message):
-            check_compressed(asked, model.config, coverage, tmp_path, Export())
-        assert any(message in line for line in describe_compressed(asked, model.config, coverage, [], Export()))
+            CompressedTarget.check(asked, model.config, coverage, tmp_path, Export())
+        assert any(message in line for line in CompressedTarget.describe(asked, model.config, coverage, [], Export()))
     model = FAMILIES["llama"]()
-    check_compressed(attention, model.config, quantize_model(model, attention), tmp_path, Export(allow_inexact=True))
+    CompressedTarget.check(attention, model.config, quantize_model(model, attention), tmp_path, Export(allow_inexact=True))
 
 
 def test_what_is_allowed_all_the_same_is_floats_and_said(tmp_path):

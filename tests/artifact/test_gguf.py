@@ -28,9 +28,11 @@ from transformers import (
     T5Config,
 )
 
+from dqtrain import tensor_file
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.description import sealed
 from dqtrain.artifact.gguf.family import family
+from dqtrain.artifact.gguf.files import files_of
 from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
 from dqtrain.artifact.gguf.target import GgufTarget
 from dqtrain.artifact.gguf.tokenizer import tokenizer_fields
@@ -108,6 +110,14 @@ def test_a_run_writes_beside_its_teacher(finished, world, capsys, monkeypatch):
         assert prompt == "the cat sees" and headings.split(" | ") == [f"teacher: {world / 'teacher'}".ljust(198), f"student: {model}"]
         told.append(rows)
     assert told[0] == told[1] and len(told[0][0].split(" | ")) == 2
+
+
+def test_a_run_exports_parts_and_the_card_names_the_first(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished[0].path, tmp_path / "run")
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 5_000)
+    assert main(["export", str(tmp_path / "run"), "--to", "gguf"]) == 0
+    folder = Path(json.loads(capsys.readouterr().out)["path"])
+    assert len(files_of(folder)) > 2 and f"llama-cli -m model-00001-of-{len(files_of(folder)):05d}.gguf " in (folder / "README.md").read_text()
 
 
 def flip_a_bit(path):
@@ -486,3 +496,70 @@ def test_unknown_target(finished):
     run, _ = finished
     code, output = run.dqtrain("export", str(run.path), "--to", "packed,pickle")
     assert code == 2 and "--to pickle: there is no such target; give packed, gguf, onnx, openvino, compressed-tensors, hf." in output
+
+
+# In parts
+
+PART_BYTES = 50_000
+
+
+def test_a_large_model_is_in_parts(student, tmp_path, monkeypatch, caplog):
+    """Weights, logits, tokens and sizes are proven on them; texts and bytes of tensors are those of one file."""
+    made = packed_artifact(student("llama"), QUANT, tmp_path / "packed")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    with format.PackedTensors(made[1], format.read_description(made[1])) as tensors:
+        target = GgufTarget(tensors, made[0].config, Export())
+        target.write(whole)
+    expected = target.stored_bytes(whole)
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", PART_BYTES)
+    found = to_gguf(made, parts)
+    files = sorted(file.name for file in parts.glob("*"))
+    assert files == ["files.json", *(f"model-{number:05d}-of-{len(files) - 1:05d}.gguf" for number in range(1, len(files)))] and len(files) > 3
+    assert json.loads((parts / "files.json").read_text())["files"].keys() == set(files[1:])
+    readers = [gguf.GGUFReader(parts / file) for file in files[1:]]
+    assert all(len(reader.tensors) == 1 or sum(int(tensor.n_bytes) for tensor in reader.tensors) <= PART_BYTES for reader in readers)
+    assert ["tokenizer.ggml.tokens" in reader.fields for reader in readers] == [True] + [False] * (len(files) - 2)
+    assert found["bytes"]["tensors"] == expected["tensors"] and found["bytes"]["file"] == sum((parts / file).stat().st_size for file in files[1:])
+    assert found["weights"]["bit_identical"] == found["weights"]["tensors"] == 21 and found["tokenizer"]["texts"] >= 8
+    for path in (parts, parts / files[1], parts / files[2]):
+        with LlamaCpp(path) as runtime, LlamaCpp(whole) as other:
+            assert runtime.generate("the cat sees", 8) == other.generate("the cat sees", 8)
+    assert not caplog.records  # of the writer's package
+
+
+@pytest.fixture
+def in_parts(student, tmp_path, monkeypatch):
+    """A folder with a file in parts; beside it is `longer`, of the same student trained a step more."""
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", PART_BYTES)
+    for steps, folder in enumerate((tmp_path / "gguf", tmp_path / "longer")):
+        model, packed, _ = packed_artifact(student("llama"), QUANT, tmp_path / f"packed {steps}", steps=steps)
+        folder.mkdir()
+        with format.PackedTensors(packed, format.read_description(packed)) as tensors:
+            GgufTarget(tensors, model.config, Export()).write(folder)
+    return tmp_path / "gguf"
+
+
+def test_damaged_parts_are_refused_by_name(in_parts, tmp_path, capsys):
+    parts = sorted(in_parts.glob("*.gguf"))
+    content = {path: path.read_bytes() for path in in_parts.iterdir()}
+    harms = {
+        "missing": (Path.unlink, r"{}: has 0 bytes, files\.json says \d+; it is truncated or missing", r"{}: is no file\. Export it"),
+        "cut": (cut, r"{}: has \d+ bytes, files\.json says \d+; it is truncated or missing", r".*: llama\.cpp does not load it"),
+        "of another export": (lambda part: shutil.copy(tmp_path / "longer" / part.name, part), r"{}: does not have the hash in files\.json", None),
+    }
+    for harm, listed, alone in harms.values():
+        for part in (parts[0], parts[1], parts[-1]):
+            harm(part)
+            for path in (in_parts, parts[0], parts[1]):
+                assert main(["generate", str(path), "the"]) == 4
+                assert re.match(f"dqtrain: {listed.format(re.escape(str(part)))}", capsys.readouterr().err)
+                with pytest.raises(CheckpointError, match=listed.format(re.escape(str(part)))):
+                    serve(path, "127.0.0.1", 0, [])
+            (in_parts / "files.json").unlink()
+            if alone is not None:
+                assert main(["generate", str(in_parts), "the"]) == 4
+                assert re.match(f"dqtrain: {alone.format(re.escape(str(part)))}", capsys.readouterr().err)
+            for path, before in content.items():
+                path.write_bytes(before)
+    assert main(["generate", str(parts[-1]), "the", "--tokens", "2"]) == 0

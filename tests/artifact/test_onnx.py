@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,6 +19,7 @@ from test_gguf import QUANT, packed_artifact, student  # noqa: F401 # a fixture
 from test_packed import about, settings
 from transformers import BartConfig, GPT2Config, LlamaConfig, OPTConfig, PegasusConfig, Qwen3Config, Qwen3ForCausalLM, T5Config
 
+from dqtrain import tensor_file
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.description import check_list, write_list
 from dqtrain.artifact.gguf.blocks import as_tensor, rows_of
@@ -25,7 +28,7 @@ from dqtrain.artifact.graphs.graph import WEIGHTS, Graph, Stored, Weight, onnx_p
 from dqtrain.artifact.load import complete, load_artifact
 from dqtrain.artifact.onnx.blocks import fit, pack, parts
 from dqtrain.artifact.onnx.runtime import OnnxRunner, require_runtime
-from dqtrain.artifact.onnx.target import OnnxTarget, check_onnx, describe_onnx
+from dqtrain.artifact.onnx.target import OnnxTarget
 from dqtrain.config import Export
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
@@ -61,7 +64,7 @@ class Cases:
         packed = pack(rows_of(codes, scale, zero_point, quantizer), quantizer, found)
         for part, (dtype, form) in parts(quantizer, found, shape, is_table).items():
             assert packed[part].dtype == dtype and packed[part].size == np.prod(form)
-            self.stored[f"{name}{part}"] = Stored(dtype, form, self.end, packed[part].nbytes)
+            self.stored[f"{name}{part}"] = Stored(dtype, form, WEIGHTS, self.end, packed[part].nbytes)
             self.chunks.append(packed[part].tobytes())
             self.end += packed[part].nbytes
         self.weights[name] = Weight(shape, found)
@@ -317,6 +320,58 @@ def test_damaged_files_are_refused(spoil, message, world, tmp_path):
         OnnxRunner(tmp_path / "onnx")
 
 
+PART_BYTES = 20_000
+
+
+def test_a_large_model_is_in_parts(student, tmp_path, monkeypatch):  # noqa: F811
+    """Weights, logits and sizes are proven on them; texts and bytes of tensors are those of one file."""
+    made = packed_artifact(student("bart"), QUANT, tmp_path / "packed", steps=0)
+    (tmp_path / "whole").mkdir()
+    with opened(made) as target:
+        target.write(tmp_path / "whole")
+    expected = target.stored_bytes(tmp_path / "whole")
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", PART_BYTES)
+    found = to_onnx(made, tmp_path / "parts")
+    listed = check_list(tmp_path / "parts/onnx.json")
+    parts = [file for file in listed if file.endswith(".data")]
+    assert parts == [f"model-{number:05d}-of-{len(parts):05d}.onnx.data" for number in range(1, len(parts) + 1)] and len(parts) > 3
+    graphs = [onnx.load(tmp_path / "parts" / file, load_external_data=False).graph for file in listed if file.endswith(".onnx")]
+    stored = [[given.value for given in tensor.external_data[:2]] for graph in graphs for tensor in graph.initializer if tensor.external_data]
+    assert {file for file, _ in stored} == set(parts)
+    for part in parts:  # a tensor is never cut
+        assert (tmp_path / "parts" / part).stat().st_size <= PART_BYTES or len({offset for file, offset in stored if file == part}) == 1
+    assert found["bytes"]["tensors"] == expected["tensors"] == sum((tmp_path / "parts" / part).stat().st_size for part in parts)
+    assert found["weights"]["bit_identical"] == found["weights"]["tensors"]
+    texts = [OnnxRunner(tmp_path / folder).generate("the cat sees", 8) for folder in ("whole", "parts")]
+    assert texts[0] == texts[1]
+
+
+def test_damaged_parts_are_refused_by_name(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 5_000)
+    for number, name in enumerate(("onnx", "other")):
+        model = FAMILIES["gpt2"]()
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor += 0.01 * number
+        made = with_tokenizer(world, model, QUANT, tmp_path / f"packed {name}")
+        with opened(made) as target:
+            (tmp_path / name).mkdir()
+            target.write(tmp_path / name)
+    content = {path: path.read_bytes() for path in (tmp_path / "onnx").glob("*.data")}
+    harms = {
+        r"{}: has 0 bytes, onnx\.json says \d+; it is truncated or missing": Path.unlink,
+        r"{}: has \d+ bytes, onnx\.json says \d+; it is truncated or missing": lambda part: cut(part.parent, part.name),
+        r"{}: does not have the hash in onnx\.json": lambda part: shutil.copy(tmp_path / "other" / part.name, part),
+    }
+    for message, harm in harms.items():
+        for part in (min(content), max(content)):
+            harm(part)
+            with pytest.raises(CheckpointError, match=message.format(re.escape(str(part)))):
+                OnnxRunner(part.parent)
+            part.write_bytes(content[part])
+    OnnxRunner(tmp_path / "onnx")
+
+
 def test_an_unreadable_graph(tmp_path, world):
     made = with_tokenizer(world, FAMILIES["gpt2"](), QUANT, tmp_path / "packed")
     with pytest.raises(CheckpointError, match=r"model\.onnx: is no graph that can be read"):
@@ -353,10 +408,10 @@ def test_groups_that_no_block_divides_are_refused_or_floats(world, tmp_path):
         coverage = target.packed.coverage
     message = r"onnx cannot hold model.layers.0.mlp.down_proj.weight, model.layers.1.mlp.down_proj.weight: groups of 24 are no multiple of 16.* --allow-inexact"
     with pytest.raises(ConfigError, match=message):
-        check_onnx(quant, model.config, coverage, world / "tokenizer", Export())
-    notes = check_onnx(quant, model.config, coverage, world / "tokenizer", Export(allow_inexact=True))
+        OnnxTarget.check(quant, model.config, coverage, world / "tokenizer", Export())
+    notes = OnnxTarget.check(quant, model.config, coverage, world / "tokenizer", Export(allow_inexact=True))
     assert notes[0].startswith("onnx: F32 for model.layers.0.mlp.down_proj.weight") and "set group_size to 16 or 128" in notes[0]
-    described = describe_onnx(quant, model.config, coverage, [(32,)] * 5, Export())
+    described = OnnxTarget.describe(quant, model.config, coverage, [(32,)] * 5, Export())
     assert "bytes of tensors; 4 bit for 14, F32 for 2 of 16 quantized weights" in described[0] and "onnx cannot hold" in described[-1]
     weights = to_onnx(made, tmp_path / "onnx", allow_inexact=True)["weights"]
     assert weights["types"] == {"4 bit": 14, "F32": 2} and weights["bit_identical"] == weights["tensors"]

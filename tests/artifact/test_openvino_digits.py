@@ -7,14 +7,17 @@ import pytest
 import torch
 from families import FAMILIES
 from test_ggml_blocks import GRIDS_AND_BITS, drawn, quantizer_of
+from test_onnx import with_tokenizer
 from test_packed import settings
 from transformers import MixtralConfig
 
+from dqtrain import tensor_file
+from dqtrain.artifact import format
 from dqtrain.artifact.gguf.blocks import as_tensor, rows_of
 from dqtrain.artifact.openvino.digits import fit, num_bytes, pack, parts
 from dqtrain.artifact.openvino.graph import openvino_package
 from dqtrain.artifact.openvino.runtime import OpenVinoRunner
-from dqtrain.artifact.openvino.target import check_openvino, describe_openvino
+from dqtrain.artifact.openvino.target import OpenVinoTarget
 from dqtrain.config import Export
 from dqtrain.errors import ConfigError
 from dqtrain.quant.modules import quantize_model
@@ -94,6 +97,13 @@ def test_groups_that_openvino_multiplies_wrongly_are_floats(group):
     assert not fit(quantizer, group).is_float
 
 
+def test_its_weights_are_one_file_of_any_size(world, tmp_path, monkeypatch):
+    made = with_tokenizer(world, FAMILIES["gpt2"](), settings(), tmp_path / "packed")
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 5_000)
+    with format.PackedTensors(made[1], format.read_description(made[1])) as tensors:
+        assert OpenVinoTarget(tensors, made[0].config, Export()).files == ["model.bin"]
+
+
 def coverage_of(quant):
     model = FAMILIES["gpt2"]()
     return model, quantize_model(model, quant)
@@ -103,7 +113,7 @@ def test_what_it_would_hold_is_told_without_it(world, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     quant = settings(3, 4, 8, grid="dynamic")
     model, coverage = coverage_of(quant)
-    described = describe_openvino(quant, model.config, coverage, [(32,)] * 5, Export())
+    described = OpenVinoTarget.describe(quant, model.config, coverage, [(32,)] * 5, Export())
     assert "bytes of tensors; i4 for 9, i8 for 1 of 10 quantized weights" in described[0]
     assert described[1].startswith("openvino: i4 for transformer.h.0.") and "7 levels take 4 bits each" in described[1]
 
@@ -113,7 +123,7 @@ def test_without_the_package_it_is_said_what_to_install(world, monkeypatch, tmp_
     monkeypatch.setitem(sys.modules, "openvino", None)
     quant = settings(2, 2, 8)
     model, coverage = coverage_of(quant)
-    for asks in (lambda: check_openvino(quant, model.config, coverage, world / "tokenizer", Export()), lambda: OpenVinoRunner(tmp_path)):
+    for asks in (lambda: OpenVinoTarget.check(quant, model.config, coverage, world / "tokenizer", Export()), lambda: OpenVinoRunner(tmp_path)):
         with pytest.raises(
             ConfigError, match=r"needs the Python package openvino, which is not installed here\. Install it, .*pip install 'dqtrain\[openvino\]'"
         ):
@@ -124,4 +134,4 @@ def test_without_the_package_it_is_said_what_to_install(world, monkeypatch, tmp_
 def test_models_that_the_graphs_do_not_compute_are_refused(world):
     quant = settings(2, 2, 8)
     with pytest.raises(ConfigError, match=r"the openvino target writes gpt2, .*, and this model is mixtral\. Use the target packed, or hf"):
-        check_openvino(quant, MixtralConfig(), coverage_of(quant)[1], world / "tokenizer", Export())
+        OpenVinoTarget.check(quant, MixtralConfig(), coverage_of(quant)[1], world / "tokenizer", Export())

@@ -28,7 +28,7 @@ from dqtrain.artifact.load import complete, load_artifact
 from dqtrain.artifact.openvino.digits import fit, num_bytes, pack, parts
 from dqtrain.artifact.openvino.graph import WEIGHTS, IrGraph, openvino_package, write_ir
 from dqtrain.artifact.openvino.runtime import IN_FP32, OpenVinoRunner, OpenVinoSession, read_values
-from dqtrain.artifact.openvino.target import OpenVinoTarget, check_openvino
+from dqtrain.artifact.openvino.target import OpenVinoTarget
 from dqtrain.config import Export
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models.language import Inputs, LanguageModel
@@ -51,7 +51,7 @@ class Cases:
         codes, scale, zero_point = drawn(quantizer, shape if quantizer.row_axis == 0 else shape[::-1], seed)
         packed = pack(rows_of(codes, scale, zero_point, quantizer), quantizer, found)
         for end, (dtype, form) in parts(quantizer, found, shape, False).items():
-            self.stored[f"{name}{end}"] = Stored(dtype, form, len(self.content), num_bytes(dtype, form))
+            self.stored[f"{name}{end}"] = Stored(dtype, form, WEIGHTS, len(self.content), num_bytes(dtype, form))
             self.content += packed[end].tobytes().ljust(aligned(packed[end].nbytes), b"\0")
         self.weights[name], self.expected[name] = Weight(shape, found), (quantizer, quantizer.dequantize(codes, scale, zero_point))
         return found.type
@@ -166,7 +166,7 @@ def test_groups_that_its_kernels_do_not_know_are_floats(world, tmp_path):
     with opened(made) as target:
         message = r"openvino cannot hold model.layers.0.mlp.down_proj.weight, .*: groups of 24 are multiplied wrongly by OpenVINO.* --allow-inexact"
         with pytest.raises(ConfigError, match=message):
-            check_openvino(quant, made[0].config, target.packed.coverage, world / "tokenizer", Export())
+            OpenVinoTarget.check(quant, made[0].config, target.packed.coverage, world / "tokenizer", Export())
     weights = to_openvino(made, tmp_path / "openvino")["weights"]
     assert weights["types"] == {"F32": 2, "i4": 14} and weights["bit_identical"] == weights["tensors"]
 
@@ -286,6 +286,13 @@ def test_a_graph_that_cannot_be_written(world, tmp_path):
     (tmp_path / "openvino/model.xml").mkdir(parents=True)
     with opened(made) as target, pytest.raises(OSError, match=r"OpenVINO did not write model\.xml: "):
         target.write(tmp_path / "openvino")
+
+
+def test_a_graph_that_openvino_does_not_read_is_no_matter_of_the_disk(tmp_path):
+    g = IrGraph({}, {})
+    g.output(g.op("NoSuchOperator", g.input("x", (2,))), (2,))
+    with pytest.raises(RuntimeError, match="NoSuchOperator"):
+        write_ir({tmp_path / "model.xml": g}, tmp_path / WEIGHTS)
 
 
 def test_the_same_student_is_the_same_files(world, tmp_path):

@@ -54,30 +54,6 @@ def lost_settings(quant: Quant, config: PretrainedConfig, asked: Export) -> str 
     return None
 
 
-def check_compressed(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
-    """What a person should know of the files before training, one line each. Raises ConfigError for what they cannot hold and for what is not installed."""
-    compressed_tensors_package()
-    lost = lost_settings(quant, config, asked)
-    if lost is not None:
-        raise ConfigError(lost)
-    found = plan(config, coverage, asked)
-    if found.refused and not asked.allow_inexact:
-        raise ConfigError(found.refusal())
-    return [f"compressed-tensors: {line}" for line in found.notes]
-
-
-def describe_compressed(quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
-    """What the files of a student would hold, before there is one. Raises ConfigError as `plan`."""
-    found, lost = plan(config, coverage, asked), lost_settings(quant, config, asked)
-    groups = ", ".join(f"{scheme.name} for {len(modules)}" for scheme, modules in found.groups.items()) or "floats"
-    return [
-        f"compressed-tensors: {found.tensor_bytes(float_shapes):,} bytes of tensors; {groups} of {len(found.placements)} quantized weights",
-        *(f"compressed-tensors: {line}" for line in found.notes),
-        *([found.refusal()] if found.refused else []),
-        *([lost] if lost else []),
-    ]
-
-
 class CompressedTarget:
     """A packed artifact in compressed-tensors' format (`target.RuntimeTarget`), one tensor at a time. Raises ConfigError as `plan`."""
 
@@ -85,6 +61,30 @@ class CompressedTarget:
     tolerance = 1e-5  # the same values in the same dtype, but sums in another order
     factors: Mapping[str, float] = {}
     rounded = ()  # scales are fp32
+
+    @classmethod
+    def check(cls, quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
+        """What a person should know of the files before training, one line each. Raises ConfigError for what they cannot hold and for what is not installed."""
+        compressed_tensors_package()
+        lost = lost_settings(quant, config, asked)
+        if lost is not None:
+            raise ConfigError(lost)
+        found = plan(config, coverage, asked)
+        if found.refused and not asked.allow_inexact:
+            raise ConfigError(found.refusal())
+        return [f"compressed-tensors: {line}" for line in found.notes]
+
+    @classmethod
+    def describe(cls, quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
+        """What the files of a student would hold, before there is one. Raises ConfigError as `plan`."""
+        found, lost = plan(config, coverage, asked), lost_settings(quant, config, asked)
+        groups = ", ".join(f"{scheme.name} for {len(modules)}" for scheme, modules in found.groups.items()) or "floats"
+        return [
+            f"compressed-tensors: {found.tensor_bytes(float_shapes):,} bytes of tensors; {groups} of {len(found.placements)} quantized weights",
+            *(f"compressed-tensors: {line}" for line in found.notes),
+            *([found.refusal()] if found.refused else []),
+            *([lost] if lost else []),
+        ]
 
     def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None:
         self.packed, self.config, self.layout = packed, config, asked.compressed_tensors

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dqtrain.artifact.description import check_if_listed
+from dqtrain.artifact.gguf.files import files_of
 from dqtrain.artifact.target import extra
 from dqtrain.artifact.text import Text, require_room
 from dqtrain.data.chat import render_question
@@ -121,10 +122,10 @@ def require_runtime() -> None:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp on this machine's CPU, one sequence at a time. A context manager.
+    """A GGUF model in llama.cpp on this machine's CPU, one sequence at a time: a file, any part of one, or the folder. A context manager.
 
     There is room for `longest` tokens (default: those of its training, but `LONGEST` at most). Keys and values are kept in fp32 where llama.cpp's own default
-    is fp16, with `exact_cache`. Raises ConfigError without `xllamacpp` and for one whose interface is not known, CheckpointError for a file that is not what the
+    is fp16, with `exact_cache`. Raises ConfigError without `xllamacpp` and for one whose interface is not known, CheckpointError for a missing part, for a file that is not what the
     list beside it says, if there is one, and for one that llama.cpp does not load.
     """
 
@@ -132,10 +133,12 @@ class LlamaCpp:
         self._lib = _library()
         self._model = self._context = None
         _said.clear()
-        check_if_listed(path)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is no file. Export it with `dqtrain export RUN --to gguf`.")
-        self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
+        files = files_of(path) or [path]
+        for file in files:
+            check_if_listed(file)
+            if not file.is_file():
+                raise CheckpointError(f"{file}: is no file. Export it with `dqtrain export RUN --to gguf`.")
+        self._model = self._lib.llama_model_load_from_file(str(files[0]).encode(), self._lib.llama_model_default_params())
         if not self._model:
             raise CheckpointError(f"{path}: llama.cpp does not load it ({'; '.join(_said[:2]) or 'it says no reason'}). Export it again.")
         self.longest = longest or min(LONGEST, self._lib.llama_model_n_ctx_train(self._model))

@@ -1,7 +1,9 @@
 """The codes of a packed artifact as a GGUF file, which llama.cpp runs: GPT-2, Llama and Mistral, Qwen 2 and 3, T5.
 
     model.gguf     blocks of ggml's types for what is quantized (`gguf.blocks`), F32 for the rest; the tokenizer; the model's settings
-    parity.json    what `parity.verify_target` found before the file was published
+                   over 5 GB in parts, as llama.cpp names them (`gguf.files`): the first has the tokenizer and the settings
+    files.json     format version, sizes and hashes of the files above: GGUF has none (`description`)
+    parity.json    what `parity.verify_target` found before the files were published
 
 Floats are never quantized here: each block is made of the codes and scales that training used. Of the names that llama.cpp gives to tensors
 `gguf.get_tensor_name_map` knows all. What differs from transformers: matrices are [outputs, inputs] throughout, rotary heads of Llama have
@@ -22,10 +24,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from dqtrain import tensor_file
 from dqtrain.artifact.description import LIST, write_list
 from dqtrain.artifact.format import PackedTensors
 from dqtrain.artifact.gguf.blocks import Fit, as_tensor, fit, num_bytes, pack, rows_of, value
 from dqtrain.artifact.gguf.family import family
+from dqtrain.artifact.gguf.files import FILE, files_of
 from dqtrain.artifact.gguf.llama_cpp import LlamaCpp, require_runtime
 from dqtrain.artifact.gguf.tokenizer import tokenizer_fields
 from dqtrain.artifact.target import extra, names_of, notes_of
@@ -34,7 +38,6 @@ from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.quant.modules import Coverage, is_learned_scale
 
 ALIGNMENT = 32
-FILE = "model.gguf"
 
 
 def gguf_package() -> Any:
@@ -92,32 +95,6 @@ def notes(found: list[Placement]) -> list[str]:
     return notes_of((place.fit.type, place.fit.why, place.name) for place in found)
 
 
-def check_gguf(quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
-    """What a person should know of the file before training, one line each. Raises ConfigError for what it cannot hold and for what is not installed."""
-    gguf, found = gguf_package(), placements(config, coverage, asked.gguf == "fastest")
-    require_runtime()
-    tokenizer_fields(tokenizer, config, gguf.GGUFWriter(None, "check"))
-    refused = refusal(found)
-    if refused is not None and not asked.allow_inexact:
-        raise ConfigError(refused)
-    return [f"gguf: {line}" for line in notes(found)]
-
-
-def describe_gguf(quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
-    """What a GGUF file of a student would hold, before there is one: types and bytes, reasons, and what it cannot hold. Raises ConfigError as `placements`."""
-    fastest = asked.gguf == "fastest"
-    found = placements(config, coverage, fastest)
-    counts = Counter(place.fit.type for place in found)
-    size = tensor_bytes(config, coverage, float_shapes, fastest)
-    types = ", ".join(f"{type} for {count}" for type, count in counts.most_common())
-    refused = refusal(found)
-    return [
-        f"gguf: {size:,} bytes of tensors; {types} of {len(found)} quantized weights",
-        *(f"gguf: {line}" for line in notes(found)),
-        *([refused] if refused else []),
-    ]
-
-
 def tensor_bytes(config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], fastest: bool = False) -> int:
     """Bytes of the file's tensors, each filled up to 32: from shapes alone, before there are weights. `float_shapes`: those of all that is not quantized."""
     sizes = [num_bytes(place.fit.type, place.shape) for place in placements(config, coverage, fastest)]
@@ -143,6 +120,32 @@ class GgufTarget:
     program = "llama.cpp"
     tolerance = 1e-3  # its GELU is a table of fp16 values
 
+    @classmethod
+    def check(cls, quant: Quant, config: PretrainedConfig, coverage: Coverage, tokenizer: Path, asked: Export) -> list[str]:
+        """What a person should know of the file before training, one line each. Raises ConfigError for what it cannot hold and for what is not installed."""
+        gguf, found = gguf_package(), placements(config, coverage, asked.gguf == "fastest")
+        require_runtime()
+        tokenizer_fields(tokenizer, config, gguf.GGUFWriter(None, "check"))
+        refused = refusal(found)
+        if refused is not None and not asked.allow_inexact:
+            raise ConfigError(refused)
+        return [f"gguf: {line}" for line in notes(found)]
+
+    @classmethod
+    def describe(cls, quant: Quant, config: PretrainedConfig, coverage: Coverage, float_shapes: Sequence[tuple[int, ...]], asked: Export) -> list[str]:
+        """What a GGUF file of a student would hold, before there is one: types and bytes, reasons, and what it cannot hold. Raises ConfigError as `placements`."""
+        fastest = asked.gguf == "fastest"
+        found = placements(config, coverage, fastest)
+        counts = Counter(place.fit.type for place in found)
+        size = tensor_bytes(config, coverage, float_shapes, fastest)
+        types = ", ".join(f"{type} for {count}" for type, count in counts.most_common())
+        refused = refusal(found)
+        return [
+            f"gguf: {size:,} bytes of tensors; {types} of {len(found)} quantized weights",
+            *(f"gguf: {line}" for line in notes(found)),
+            *([refused] if refused else []),
+        ]
+
     def __init__(self, packed: PackedTensors, config: PretrainedConfig, asked: Export) -> None:
         self.packed, self.config, self.family, self.fastest = packed, config, family(config), asked.gguf == "fastest"
         self.placed = {place.name: place for place in placements(config, packed.coverage, self.fastest)}
@@ -155,19 +158,19 @@ class GgufTarget:
         return {name: place.fit.type for name, place in self.placed.items()}
 
     def write(self, folder: Path) -> None:
-        """Write the file into a folder, and what lists it. Raises ConfigError for a tensor or tokenizer that llama.cpp does not have, OSError."""
-        self._write(folder / FILE)
+        """Write the file, or its parts, into a folder, and what lists them. Raises ConfigError for a tensor or tokenizer that llama.cpp does not have, OSError."""
+        self._write(folder / FILE, tensor_file.SHARD_BYTES)
         write_list(folder / LIST)
 
     def values(self, folder: Path) -> dict[str, Callable[[], Tensor]]:
         """Functions that give each parameter as ggml's own dequantizer reads it."""
-        read = read_values(folder / FILE)
+        read = read_values(folder)
         return {stored.ours: functools.partial(self._read, stored, read[stored.name]) for stored in self.tensors() if stored.name in read}
 
     @contextmanager
     def encoder_of_text(self, folder: Path, longest: int) -> Iterator[Callable[[str], list[int]]]:
         """llama.cpp's tokenizer."""
-        with LlamaCpp(folder / FILE, longest=longest) as runtime:
+        with LlamaCpp(folder, longest=longest) as runtime:
             yield runtime.encode
 
     @contextmanager
@@ -175,7 +178,7 @@ class GgufTarget:
         """llama.cpp, whose low-bit kernels always quantize activations, on a larger file of the same values as F32, which is there for so long."""
         as_floats = folder / f".float-{FILE}"
         try:
-            self._write(as_floats, values_of=folder / FILE)
+            self._write(as_floats, values_of=folder)
             with LlamaCpp(as_floats, exact_cache=True, longest=longest) as runtime:
                 yield runtime
         finally:
@@ -183,15 +186,16 @@ class GgufTarget:
 
     def as_shipped(self, folder: Path, longest: int) -> LlamaCpp:
         """llama.cpp on the file."""
-        return LlamaCpp(folder / FILE, longest=longest)
+        return LlamaCpp(folder, longest=longest)
 
     def foretold_bytes(self, float_shapes: Sequence[tuple[int, ...]]) -> int:
         """As `tensor_bytes`."""
         return tensor_bytes(self.config, self.packed.coverage, float_shapes, self.fastest)
 
     def stored_bytes(self, folder: Path) -> dict[str, int]:
-        """Bytes of the file, of its tensors, and of what is in front of them."""
-        size, start = (folder / FILE).stat().st_size, int(gguf_package().GGUFReader(folder / FILE).data_offset)
+        """Bytes of the file, or of all parts, of the tensors, and of what is in front of them."""
+        files = files_of(folder)
+        size, start = sum(file.stat().st_size for file in files), sum(int(gguf_package().GGUFReader(file).data_offset) for file in files)
         return {"file": size, "tensors": size - start, "tokenizer_and_settings": start}
 
     def tensors(self) -> Iterator[_Stored]:
@@ -238,26 +242,27 @@ class GgufTarget:
         tensor = torch.from_numpy(matrix)
         return tensor.T if self._is_transposed(ours) else tensor
 
-    def _write(self, path: Path, values_of: Path | None = None) -> None:
-        """Write a file, tensor by tensor; of the values that ggml reads out of another one, as F32, with `values_of`."""
+    def _write(self, path: Path, part_bytes: int | None = None, values_of: Path | None = None) -> None:
+        """Write a file, tensor by tensor, or parts of up to `part_bytes` of tensors; of the values that ggml reads out of a folder's, as F32, with `values_of`."""
         gguf = gguf_package()
         wants = self.family
-        writer = gguf.GGUFWriter(path, wants.arch)
+        stored = list(self.tensors())
+        types = [s.type for s in stored if s.type != "F32"]
+        common = max(set(types), key=types.count) if types and values_of is None else "F32"
+        if values_of is not None:
+            stored = [_Stored(s.name, s.ours, "F32", s.shape) for s in stored]
+        sizes = [num_bytes(tensor.type, tensor.shape) for tensor in stored]
+        is_split = part_bytes is not None and sum(sizes) > part_bytes  # it warns where it is told to, and need not
+        writer = gguf.GGUFWriter(path, wants.arch, split_max_size=part_bytes if is_split else 0)
         writer.add_block_count(wants.num_layers)
         for key, found in wants.settings.items():
             add = writer.add_float32 if isinstance(found, float) else writer.add_uint32
             add(f"{wants.arch}.{key}", found)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        stored = list(self.tensors())
-        types = [s.type for s in stored if s.type != "F32"]
-        common = max(set(types), key=types.count) if types and values_of is None else "F32"
         writer.add_file_type(_FILE_TYPES[common])
         tokenizer_fields(self.packed.folder, self.config, writer)
-        if values_of is not None:
-            stored = [_Stored(s.name, s.ours, "F32", s.shape) for s in stored]
-        for tensor in stored:
+        for tensor, size in zip(stored, sizes, strict=True):
             raw = None if tensor.type == "F32" else gguf.GGMLQuantizationType[tensor.type]
-            size = num_bytes(tensor.type, tensor.shape)
             if raw is None:
                 writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size)
             else:
@@ -286,16 +291,18 @@ _FILE_TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q3_K": 12
 """llama_ftype of llama.h: what a person is shown, and no more."""
 
 
-def read_values(path: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """Functions that give each tensor of a file in fp32, by ggml's own dequantizer. Raises CheckpointError for a file that cannot be read."""
+def read_values(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
+    """Functions that give each tensor of a folder's file or parts in fp32, by ggml's own dequantizer. Raises CheckpointError for a file that cannot be read."""
     gguf = gguf_package()
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path}: is no GGUF file that can be read ({error}). Export it again.") from None
+
+    def opened(path: Path) -> Any:
+        try:
+            return gguf.GGUFReader(path)
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise CheckpointError(f"{path}: is no GGUF file that can be read ({error}). Export it again.") from None
 
     def read(tensor: Any) -> np.ndarray:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)  # a copy: the file is mapped read-only
 
-    return {tensor.name: functools.partial(read, tensor) for tensor in reader.tensors}
+    return {tensor.name: functools.partial(read, tensor) for path in files_of(folder) for tensor in opened(path).tensors}

@@ -20,7 +20,7 @@ and `decoder.onnx` reads them:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from dqtrain.errors import ConfigError
 CAUSAL, ENCODER, DECODER = "model.onnx", "encoder.onnx", "decoder.onnx"
 """Files of graphs."""
 
+AnyGraph = TypeVar("AnyGraph", bound=Graph)
 Graphs = dict[str, Graph]
 New = Callable[[], Graph]
 Read = Callable[[Graph, Any], "Prompt"]
@@ -56,7 +57,7 @@ def check_family(config: PretrainedConfig, target: Target) -> None:
             )
 
 
-def graphs(config: PretrainedConfig, new: New, read: Read | None = None) -> Graphs:
+def graphs(config: PretrainedConfig, new: Callable[[], AnyGraph], read: Read | None = None) -> dict[str, AnyGraph]:
     """The graphs of a model that `check_family` takes, by their files' names, each begun by `new`. `read`: what gives a causal one its tokens."""
     write = FAMILIES[config.model_type].write
     return write(config, new) if config.is_encoder_decoder else write(config, new, read or _prompt)
@@ -347,7 +348,7 @@ def _relative_bias(g: Graph, config: Any, side: str, queries: str, keys: str) ->
 
 
 class _Family(NamedTuple):
-    write: Callable[..., Graphs]
+    write: Callable[..., dict[str, Any]]  # of graphs, which are those that it begins
     computed: Mapping[str, tuple[Any, ...]]  # settings -> values that the graphs compute
 
 

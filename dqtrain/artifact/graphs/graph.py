@@ -1,4 +1,4 @@
-"""Graphs of ONNX, node by node, over weights that lie in a file beside them.
+"""Graphs of ONNX, node by node, over weights that lie in files beside them.
 
 A graph names the weights that it reads by transformers' names. What blocks hold is multiplied by `MatMulNBits` and looked up by `GatherBlockQuantized`; the same
 stored tensors serve both, through a Reshape where a head is tied. Scales are stored as they were trained, one for a row or for a whole matrix, and
@@ -14,7 +14,7 @@ import numpy as np
 from dqtrain.artifact.target import extra
 
 WEIGHTS = "model.onnx.data"
-"""The file that the graphs of a model share: protobufs end at 2 GB, encoder and decoder share a table, and a file that is mapped is not copied."""
+"""The file that the graphs of a model share, or what its parts are named after: protobufs end at 2 GB, encoder and decoder share a table, and a file that is mapped is not copied."""
 
 OPSET, CONTRIB, IR_VERSION = 23, "com.microsoft", 11
 """Attention and RotaryEmbedding are of opset 23; operators on blocks are ONNX Runtime's own."""
@@ -22,23 +22,24 @@ OPSET, CONTRIB, IR_VERSION = 23, "com.microsoft", 11
 
 @functools.cache
 def onnx_package() -> Any:
-    """The `onnx` package, which is an extra. Raises ConfigError without it."""
-    return extra("onnx", "the onnx target")
+    """The `onnx` package, which is an extra and makes the graphs of all targets that have some. Raises ConfigError without it."""
+    return extra("onnx", "making graphs, for the targets onnx and openvino,")
 
 
 class Stored(NamedTuple):
-    """A tensor in the file of weights."""
+    """A tensor in a file of weights."""
 
-    dtype: Any  # of numpy
+    dtype: Any  # of numpy for ONNX, the name of its type for OpenVINO
     shape: tuple[int, ...]
+    file: str
     offset: int
     num_bytes: int
 
 
 class Weight(NamedTuple):
-    """A quantized weight [outputs, inputs] and the blocks that hold it."""
+    """A quantized weight and what holds it: blocks, digits, or floats where these hold it not."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # [outputs, inputs]
     fit: Any  # as its target's `graphs.target.Digits.fit` gives it
 
 
@@ -86,7 +87,7 @@ class Graph:
         return self.op("Squeeze", self.op("Shape", value, start=axis, end=axis + 1))
 
     def has(self, name: str) -> bool:
-        """Whether the file has such a parameter."""
+        """Whether such a tensor is stored."""
         return name in self.stored
 
     def vector(self, name: str) -> str:
@@ -95,7 +96,7 @@ class Graph:
             onnx, tensor = onnx_package(), self.stored[name]
             proto = onnx.TensorProto(name=name, dims=tensor.shape, data_type=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
             proto.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in {"location": WEIGHTS, "offset": tensor.offset, "length": tensor.num_bytes}.items():
+            for key, value in {"location": tensor.file, "offset": tensor.offset, "length": tensor.num_bytes}.items():
                 proto.external_data.add(key=key, value=str(value))
             self._initializers[name] = proto
         return name

@@ -1,1 +1,1 @@
-"""Graphs for ONNX Runtime."""
+"""The graphs of `graphs.family` for ONNX Runtime, with weights in blocks of codes."""

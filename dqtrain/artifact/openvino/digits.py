@@ -1,9 +1,9 @@
 """Integer codes -> constants of OpenVINO, with not a single float rounded.
 
 A weight [outputs, inputs] is digits of a type that OpenVINO's constants have, the first in a byte's lowest bits and rows without gaps, and is read as
-(digit - zero point) x scale. Signed digits (i4, i8) have no zero point. Two bits are unsigned (u2) and have one for all; where the levels lie half a step beside
-the integers, in 2 bits or more, it is a float such as 1.5. Affine grids, whose zero point is one of their codes, have unsigned digits and a zero point for each scale.
-Groups are an axis of their own, [outputs, groups, inputs]. `tests/runtimes` asks OpenVINO for the products of all that is written like this.
+(digit - zero point) x scale. Signed digits (i4, i8) have no zero point. Those of two bits are unsigned (u2), with one zero point for all. So are those of any width
+whose levels lie half a step beside the integers; their zero point is a float, such as 1.5. Affine grids, whose zero point is one of their codes, have unsigned digits
+and a zero point for each scale. Groups are an axis of their own, [outputs, groups, inputs]. `tests/runtimes` asks OpenVINO for the products of all that is written like this.
 """
 
 import math
@@ -62,7 +62,10 @@ def _group(quantizer: WeightQuantizer, columns: int) -> int | None:
 
 
 def parts(quantizer: WeightQuantizer, found: Fit, shape: tuple[int, int], is_table: bool) -> dict[str, Part]:
-    """What is stored of a weight [outputs, inputs]: end of the name -> type, shape. Scales are those of training: one for each group of each row, or for all."""
+    """What is stored of a weight [outputs, inputs], a table or not: end of the name -> type, shape; of floats as transformers has them, which may be transposed.
+
+    Scales are those of training: one for each group of each row, or for all.
+    """
     rows, columns = shape
     if found.is_float:
         return {"": ("f32", shape if quantizer.row_axis == 0 else shape[::-1])}
@@ -78,7 +81,7 @@ def parts(quantizer: WeightQuantizer, found: Fit, shape: tuple[int, int], is_tab
 
 
 def pack(rows: Rows, quantizer: WeightQuantizer, found: Fit) -> dict[str, np.ndarray]:
-    """The arrays that `parts` lists for a weight that digits hold, these as bytes."""
+    """The arrays that `parts` lists for a weight that digits hold; digits, and zero points of their type, as bytes without a shape."""
     num_rows, columns = rows.integers.shape
     listed = parts(quantizer, found, (num_rows, columns), False)
     num_scales = listed[".scale"][1][0]
@@ -110,4 +113,4 @@ def num_bytes(type: str, shape: tuple[int, ...]) -> int:
 
 
 DIGITS = Digits("openvino", fit, parts, pack, num_bytes, "f32")
-"""Of this target."""
+"""How the target holds codes."""

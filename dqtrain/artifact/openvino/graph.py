@@ -108,9 +108,9 @@ def write_ir(graphs: Mapping[Path, IrGraph], weights: Path) -> None:
     placed: dict[bytes, int] = {}
     with weights.open("ab") as file:
         for path, graph in graphs.items():
-            aside = path.with_suffix(".constants")
+            aside, model = path.with_suffix(".constants"), graph.converted()
             try:
-                openvino_package().serialize(graph.converted(), str(path), str(aside))
+                openvino_package().serialize(model, str(path), str(aside))
                 constants, tree = aside.read_bytes(), ElementTree.parse(path)
             except (RuntimeError, ElementTree.ParseError) as error:  # all that it says of a full disk
                 raise OSError(f"OpenVINO did not write {path.name}: {error}") from None
