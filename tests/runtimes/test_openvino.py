@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import Run, config_text, flip
+from conftest import Run, config_text, flip, of_format
 from families import FAMILIES
 from test_artifacts_doc import GRIDS, compare, row
 from test_ggml_blocks import GRIDS_AND_BITS, drawn, quantizer_of
@@ -231,13 +231,8 @@ def unreadable(folder):
     write_list(folder / "openvino.json")
 
 
-def listed(before, after):
-    def change(folder):
-        text = (folder / "openvino.json").read_text()
-        assert before in text
-        (folder / "openvino.json").write_text(text.replace(before, after))
-
-    return change
+def edited(folder):
+    (folder / "openvino.json").write_text((folder / "openvino.json").read_text().replace("model.xml", "model.xmm"))
 
 
 DAMAGES = {
@@ -249,8 +244,9 @@ DAMAGES = {
     "no list": (lambda folder: (folder / "openvino.json").unlink(), r"openvino\.json: cannot be read \(FileNotFoundError.* Export the run again with"),
     "a bit of the config": (lambda folder: flip(folder / "config.json", 70), r"config\.json: does not have the hash in openvino\.json"),
     "a cut tokenizer": (lambda folder: cut(folder, "tokenizer.json"), r"tokenizer\.json: has \d+ bytes, openvino\.json says"),
-    "an older format": (listed('"format": 2', '"format": 1'), r"openvino\.json: has format 1, this dqtrain reads 2\. Export the run again"),
-    "an edited list": (listed("model.xml", "model.xmm"), r"openvino\.json: does not have the hash in its last line; it was edited or damaged"),
+    "an older format": (lambda folder: of_format(folder / "openvino.json", 1), r"openvino\.json: has format 1, this dqtrain reads 2\. Export the run again"),
+    "a newer format": (lambda folder: of_format(folder / "openvino.json", 3), r"openvino\.json: has format 3, this dqtrain reads 2\. Export the run again"),
+    "an edited list": (edited, r"openvino\.json: does not have the hash in its last line; it was edited or damaged"),
     "no scale": (without_a_scale, r"model\.xml: openvino .* does not load it"),
     "cut constants, listed": (cut_and_described, r"model\.xml: openvino .* does not load it"),
     "no graph, listed": (unreadable, r"model\.xml: openvino .* does not load it"),
