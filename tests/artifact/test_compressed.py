@@ -74,6 +74,8 @@ def export(trained, folder, layout="transformers", allow_inexact=False, spoil=la
         ("llama", quant(8, 8, activations=A8), "transformers", {"W8A8": 15, "F32": 1}),
         pytest.param("qwen2", quant(2, 2, activations=A8, granularity="per_row"), "transformers", {"W2A8": 14, "BF16": 1}, marks=pytest.mark.slow),
         pytest.param("t5", quant(4, 4, granularity="per_group", group_size=64), "transformers", None, marks=pytest.mark.slow),
+        pytest.param("t5", quant(8, 8, 8, activations=A8, granularity="per_row"), "transformers", None, marks=pytest.mark.slow),
+        pytest.param("bart", quant(2, 2, 8, activations=A8), "transformers", None, marks=pytest.mark.slow),
         ("gpt2", quant(8, 8, 8, activations=A8), "vllm", {"W8A8": 8, "F32": 2}),
         pytest.param("llama", quant(4, 4, granularity="per_row"), "vllm", {"W4A16": 14, "F32": 2}, marks=pytest.mark.slow),
     ],
