@@ -40,6 +40,13 @@ def flip(path: Path, at: int = -5) -> None:
     path.write_bytes(content)
 
 
+def of_format(listing: Path, version: int) -> None:
+    """Make a list of the files of a folder one of another format, with a hash that fits."""
+    from dqtrain.artifact.description import sealed
+
+    listing.write_text(sealed([f'"format": {version}', f'"files": {json.dumps(json.loads(listing.read_text())["files"])}']))
+
+
 def edit_description(folder: Path, change) -> None:
     """Change what an artifact.json says, and let it say so with a hash that fits."""
     from dqtrain.artifact.description import sealed

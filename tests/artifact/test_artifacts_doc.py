@@ -1,47 +1,74 @@
 """The tables of docs/artifacts.md are what running every family, target and grid gives. With WRITE_TABLES=1 in the environment they are written anew."""
 
-import copy
+import functools
+import itertools
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import test_gguf
 import torch
 from families import FAMILIES
 from test_compressed import A8, LEARNED, made, quant
 from test_ggml_blocks import by_package, drawn
-from test_gguf import GATED, OTHERS, WIDE, AutoModel
+from test_gguf import GATED, AutoModel
 from test_onnx import Cases
 from test_packed import about, settings
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, T5Config
 
 from dqtrain.artifact import format, parity
 from dqtrain.artifact.compressed.target import CompressedTarget
+from dqtrain.artifact.export import RUNTIMES
 from dqtrain.artifact.gguf.blocks import as_tensor, fit, pack, rows_of
-from dqtrain.artifact.gguf.family import family
-from dqtrain.artifact.gguf.target import GgufTarget, refusal
-from dqtrain.artifact.onnx.target import OnnxTarget
+from dqtrain.artifact.load import load_artifact
 from dqtrain.config import BITS_OF_GRID, Export
-from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import ConfigError
+from dqtrain.models.making import load_model
 from dqtrain.quant.grid import WeightQuantizer
-from dqtrain.quant.modules import quantize_model
+from dqtrain.quant.modules import quantize_model, served_parameters
 
 DOC = Path(__file__).parents[2] / "docs/artifacts.md"
 GRIDS = [(grid, bits) for grid, widths in BITS_OF_GRID.items() for bits in widths]
-RUN_BY_LLAMA_CPP = {
-    "gpt2": GPT2Config(n_embd=256, n_layer=1, n_head=4, n_positions=16, vocab_size=300),
-    "llama": LlamaConfig(**WIDE | {"num_hidden_layers": 1}, vocab_size=300),
-    "mistral": MistralConfig(**WIDE | {"num_hidden_layers": 1, "sliding_window": None}, vocab_size=300),
-    "qwen2": Qwen2Config(**WIDE | {"num_hidden_layers": 1}, vocab_size=300, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**WIDE | {"num_hidden_layers": 1, "head_dim": 64}, vocab_size=300),
-    "t5": T5Config(**GATED, d_model=256, num_layers=1, num_decoder_layers=1, vocab_size=300, decoder_start_token_id=0),
-}
+WIDE = {**test_gguf.WIDE, "num_hidden_layers": 1, "intermediate_size": 256}
+CONFIGS = [
+    GPT2Config(n_embd=256, n_inner=256, n_layer=1, n_head=4, n_positions=16, vocab_size=300),
+    LlamaConfig(**WIDE, vocab_size=300),
+    MistralConfig(**WIDE, sliding_window=None, vocab_size=300),
+    Qwen2Config(**WIDE, vocab_size=300, tie_word_embeddings=True),
+    Qwen3Config(**WIDE, head_dim=64, vocab_size=300),
+    T5Config(**GATED, d_model=256, num_layers=1, num_decoder_layers=1, vocab_size=300, decoder_start_token_id=0),
+]
+SHAPES = {config.model_type: functools.partial(AutoModel, config) for config in CONFIGS}  # with rows of 256, which all blocks divide
+SHAPES |= {name: make for name, make in FAMILIES.items() if name not in SHAPES}
 
 
 def row(*cells):
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(columns):
+    """Lines of a table of what each column, (title, part), says of each (grid, bits): a row for a grid, one column for parts of a title that say the same, and
+    below it those that are refused throughout."""
+    alike = {}
+    for (title, part), said in columns.items():
+        alike.setdefault((title, tuple(said.items())), []).append(part)
+    num_parts = Counter(title for title, _ in columns)
+    titles = {key: key[0] + ("all" if len(parts) == num_parts[key[0]] else ", ".join(parts)) for key, parts in alike.items()}
+    refused = [key for key in alike if set(dict(key[1]).values()) == {"refused"}]
+    shown = [key for key in alike if key not in refused]
+    lines = [row("grid", *(titles[key] for key in shown)), row(*["---"] * (1 + len(shown)))]
+    for grid, widths in BITS_OF_GRID.items():
+        cells = []
+        for _, said in shown:
+            of_type = {}
+            for bits in widths:
+                of_type.setdefault(dict(said)[grid, bits], []).append(str(bits))
+            cells.append("; ".join(type if len(of_type) == 1 else f"{', '.join(bits)}: {type}" for type, bits in of_type.items()))
+        lines.append(row(grid, *cells))
+    return [*lines, "", f"Refused on every grid: {'; '.join(titles[key] for key in refused) or 'none'}."]
 
 
 def blocks_table():
@@ -54,22 +81,19 @@ def blocks_table():
         "groups of 16": ("per_group", 16, 512, True),
         "fp32 scales": ("per_row", None, 512, False),
     }
-    lines = [row("grid", "bits", *cases), row(*["---"] * (2 + len(cases)))]
-    for grid, bits in GRIDS:
-        cells = []
-        for granularity, group_size, columns, portable in cases.values():
-            quantizer = WeightQuantizer(grid, bits, granularity, group_size, 0, portable)
-            found = fit(quantizer, columns)
-            if found.is_refused:
-                cells.append("refused")
-                continue
-            codes, scale, zero_point = drawn(quantizer, (5, columns))
-            read = as_tensor(by_package(pack(rows_of(codes, scale, zero_point, quantizer), found.type), found.type), quantizer)
-            is_exact = torch.equal(read, quantizer.dequantize(codes, scale, zero_point))
-            assert is_exact != found.rounds_scales
-            cells.append(found.type if is_exact else f"inexact {found.type}")
-        lines.append(row(grid, bits, *cells))
-    return lines
+    found = {("", name): {} for name in cases}
+    for (grid, bits), (name, (granularity, group_size, columns, portable)) in itertools.product(GRIDS, cases.items()):
+        quantizer = WeightQuantizer(grid, bits, granularity, group_size, 0, portable)
+        fits = fit(quantizer, columns)
+        if fits.is_refused:
+            found["", name][grid, bits] = "refused"
+            continue
+        codes, scale, zero_point = drawn(quantizer, (5, columns))
+        read = as_tensor(by_package(pack(rows_of(codes, scale, zero_point, quantizer), fits.type), fits.type), quantizer)
+        is_exact = torch.equal(read, quantizer.dequantize(codes, scale, zero_point))
+        assert is_exact != fits.rounds_scales
+        found["", name][grid, bits] = fits.type if is_exact else f"inexact {fits.type}"
+    return table(found)
 
 
 def digits_table():
@@ -81,90 +105,82 @@ def digits_table():
         "groups of 24": ("per_group", 24, 48, True),
         "fp32 scales": ("per_row", None, 40, False),
     }
-    lines = [row("grid", "bits", *shapes), row(*["---"] * (2 + len(shapes)))]
+    found = {("", name): {} for name in shapes}
     for grid, bits in GRIDS:
-        cases, cells, values = Cases(), [], {}
+        cases, values = Cases(), {}
         for name, (granularity, group_size, columns, portable) in shapes.items():
-            value, found = cases.add(name, WeightQuantizer(grid, bits, granularity, group_size, 0, portable), columns, is_table=True)
-            cells.append("refused" if found.is_float else found.type)
+            value, fits = cases.add(name, WeightQuantizer(grid, bits, granularity, group_size, 0, portable), columns, is_table=True)
+            found["", name][grid, bits] = "refused" if fits.is_float else fits.type
             if value is not None:
                 values[name] = value.numpy()
         with tempfile.TemporaryDirectory() as folder:
             read = cases.run(Path(folder))
-        assert all((found == values[name]).all() for name in values for found in read[name])
-        lines.append(row(grid, bits, *cells))
-    return lines
+        assert all((rows == values[name]).all() for name in values for rows in read[name])
+    return table(found)
 
 
-def llama_cpp_runs(model, folder):
-    return f"as {family(model.config).arch}"
+def is_trained(model, loaded):
+    found = dict(loaded.named_parameters())
+    return all(torch.equal(found[name], tensor) for name, tensor in served_parameters(model))
 
 
-def graphs_hold(model, folder):
-    """What the graphs of a packed artifact say of its weights, each read by ONNX Runtime."""
-    with format.PackedTensors(folder, format.read_description(folder)) as tensors:
-        target = OnnxTarget(tensors, model.config, Export())
-        (folder / "onnx").mkdir()
-        target.write(folder / "onnx")
-        found = parity.verify_weights(model, folder / "onnx", target)
-    assert found["bit_identical"] == found["tensors"]
-    return ", ".join(found["types"])
+def in_packed(model, packed, quant):
+    assert is_trained(model, load_artifact(packed, "dense"))
+    return "exact"
 
 
-def families_table(tokenizer):
-    """Every family on every grid: the targets packed, gguf and onnx are written, loaded and compared, weight by weight."""
-    lines = [row("grid", "bits", "packed", *(f"gguf: {name}" for name in RUN_BY_LLAMA_CPP), "onnx: these, bart"), row(*["---"] * (4 + len(RUN_BY_LLAMA_CPP)))]
+def in_hf(model, packed, quant):
+    """Of the tensors that `export` writes (`test_export.py`), as transformers reads them."""
+    load_artifact(packed, "dense").save_pretrained(packed / "hf")
+    assert is_trained(model, load_model(packed / "hf"))
+    return "exact"
+
+
+def in_runtime(name, **asked):
+    """What a target of another program has codes in, each weight written and read back by that program; or that it is refused before training."""
+
+    def held(model, packed, quant):
+        folder = packed / "-".join([name, *asked.values()])
+        folder.mkdir()
+        with format.PackedTensors(packed, format.read_description(packed)) as tensors:
+            try:
+                RUNTIMES[name].check(quant, model.config, tensors.coverage, packed, Export(**asked))
+            except ConfigError:
+                return "refused"
+            target = RUNTIMES[name].target(tensors, model.config, Export(**asked))
+            target.write(folder)
+            found = parity.verify_weights(model, folder, target)
+        assert found["bit_identical"] == found["tensors"]
+        return ", ".join(type for type in found["types"] if type not in ("F32", "BF16"))
+
+    return held
+
+
+TARGETS = {
+    "packed: ": in_packed,
+    "hf: ": in_hf,
+    "gguf: ": in_runtime("gguf"),
+    "onnx: ": in_runtime("onnx"),
+    "compressed-tensors for transformers: ": in_runtime("compressed-tensors", compressed_tensors="transformers"),
+    "compressed-tensors for vLLM: ": in_runtime("compressed-tensors", compressed_tensors="vllm"),
+}
+
+
+def families_table(tokenizer, targets):
+    """Every family on every grid: what each target holds of it."""
     torch.manual_seed(0)
-    _, bart, shape = OTHERS["bart"]
-    configs = RUN_BY_LLAMA_CPP | {"bart": bart(**shape | {"decoder_layers": 1}, vocab_size=300)}
-    students = {name: AutoModel(config).eval() for name, config in configs.items()}
-    for grid, bits in GRIDS:
-        quant = settings(bits, bits, None, None, grid, "per_row")
-        cells, digits = [], set()
-        for name, student in students.items():
-            model = copy.deepcopy(student)
-            coverage = quantize_model(model, quant)
-            with tempfile.TemporaryDirectory() as place:
-                folder = Path(place)
-                model.config.save_pretrained(folder)
-                load_tokenizer(tokenizer).save_pretrained(folder)
-                format.write(model, folder, about(quant, coverage))
-                parity.verify(model, folder)
-                digits.add(graphs_hold(model, folder))
-                if name not in RUN_BY_LLAMA_CPP:
-                    continue
-                with format.PackedTensors(folder, format.read_description(folder)) as tensors:
-                    target = GgufTarget(tensors, model.config, Export())
-                    if refusal(list(target.placed.values())):
-                        cells.append("refused")
-                        continue
-                    target.write(folder)
-                    found = parity.verify_weights(model, folder, target)
-                    cells.append(", ".join(found["types"]))
-        lines.append(row(grid, bits, "exact", *cells, ", ".join(sorted(digits))))
-    return lines
-
-
-def others_table(tokenizer):
-    """Every family that dqtrain quantizes: packed artifact and graphs are written, loaded and compared; whether llama.cpp runs it as transformers does."""
-    lines = [row("family", "packed", "gguf", "onnx"), row("---", "---", "---", "---")]
-    quant = settings(2, 2, 8)
-    for name, make in FAMILIES.items():
-        model = make()
+    found = {(target, family): {} for target in targets for family in SHAPES}
+    for (grid, bits), (family, make) in itertools.product(GRIDS, SHAPES.items()):
+        model, quant = make(), settings(bits, bits, None, None, grid, "per_row")
         coverage = quantize_model(model, quant)
         with tempfile.TemporaryDirectory() as place:
-            folder, said = Path(place), []
-            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-            model.config.save_pretrained(folder)
-            format.write(model, folder, about(quant, coverage))
-            parity.verify(model, folder)
-            for run in (llama_cpp_runs, graphs_hold):
-                try:
-                    said.append(run(model, folder))
-                except ConfigError as error:
-                    said.append(f"refused: {str(error).split('. Use')[0]}")
-        lines.append(row(name, "exact", *said))
-    return lines
+            packed = Path(place) / "packed"
+            shutil.copytree(tokenizer, packed)
+            model.config.save_pretrained(packed)
+            format.write(model, packed, about(quant, coverage))
+            for target, held in targets.items():
+                found[target, family][grid, bits] = held(model, packed, quant)
+    return table(found)
 
 
 def compressed_table(layout):
@@ -223,10 +239,6 @@ def test_digits_that_hold_a_grid():
     compare("digits", digits_table())
 
 
-def test_families_that_other_programs_run(world):
-    compare("others", others_table(world / "tokenizer"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["transformers", "vllm"])
 def test_what_compressed_tensors_holds(layout):
@@ -235,4 +247,4 @@ def test_what_compressed_tensors_holds(layout):
 
 @pytest.mark.slow
 def test_families_on_every_grid(world):
-    compare("families", families_table(world / "tokenizer"))
+    compare("families", families_table(world / "tokenizer", TARGETS))

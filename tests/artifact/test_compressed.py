@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import flip
+from conftest import flip, of_format
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from test_gguf import packed_artifact, student  # noqa: F401
@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from dqtrain import tensor_file
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.compressed.load import load_compressed
+from dqtrain.artifact.compressed.load import DESCRIPTION, load_compressed
 from dqtrain.artifact.compressed.plan import plan
 from dqtrain.artifact.compressed.target import CompressedTarget
 from dqtrain.artifact.load import load_any, load_artifact, load_spread
+from dqtrain.artifact.serve import serve
 from dqtrain.cli import main
 from dqtrain.config import BITS_OF_GRID, Export, Quant
 from dqtrain.errors import CheckpointError, ConfigError
@@ -26,6 +27,7 @@ from dqtrain.models.language import Inputs, LanguageModel
 from dqtrain.models.making import load_model, meta_model
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import Coverage, quantize_model
+from launch.local import free_port
 
 A8, LEARNED = {"bits": 8}, {"bits": 8, "scale": "learned"}
 W4, W8 = {"bits": 4, "granularity": "per_row"}, {"bits": 8, "granularity": "per_row"}
@@ -72,6 +74,8 @@ def export(trained, folder, layout="transformers", allow_inexact=False, spoil=la
         ("llama", quant(8, 8, activations=A8), "transformers", {"W8A8": 15, "F32": 1}),
         pytest.param("qwen2", quant(2, 2, activations=A8, granularity="per_row"), "transformers", {"W2A8": 14, "BF16": 1}, marks=pytest.mark.slow),
         pytest.param("t5", quant(4, 4, granularity="per_group", group_size=64), "transformers", None, marks=pytest.mark.slow),
+        pytest.param("t5", quant(8, 8, 8, activations=A8, granularity="per_row"), "transformers", None, marks=pytest.mark.slow),
+        pytest.param("bart", quant(2, 2, 8, activations=A8), "transformers", None, marks=pytest.mark.slow),
         ("gpt2", quant(8, 8, 8, activations=A8), "vllm", {"W8A8": 8, "F32": 2}),
         pytest.param("llama", quant(4, 4, granularity="per_row"), "vllm", {"W4A16": 14, "F32": 2}, marks=pytest.mark.slow),
     ],
@@ -268,26 +272,43 @@ def flip_in_config(folder):
     (folder / "config.json").write_text((folder / "config.json").read_text().replace('"compressed-tensors"', '"compressed-tensorz"'))
 
 
+def edited(folder):
+    (folder / DESCRIPTION).write_text((folder / DESCRIPTION).read_text().replace('"config.json"', '"config.jsom"'))
+
+
+@pytest.mark.parametrize("layout", ["transformers", "vllm"])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (flip_a_bit, r"model\.safetensors: does not have the hash in compressed-tensors.json; a byte was changed"),
         (lambda folder: cut(folder), r"model\.safetensors: has \d+ bytes, compressed-tensors.json says \d+; it is truncated or missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: has 0 bytes"),
+        (lambda folder: without_a_scale(folder), r"model\.safetensors: has \d+ bytes, compressed-tensors.json says \d+"),
         (flip_in_config, r"config\.json: does not have the hash"),
-        (lambda folder: (folder / "compressed-tensors.json").write_text("[]"), r"compressed-tensors\.json: cannot be read \(TypeError"),
+        (lambda folder: of_format(folder / DESCRIPTION, 1), r"compressed-tensors\.json: has format 1, this dqtrain reads 2\. Export the run again"),
+        (lambda folder: of_format(folder / DESCRIPTION, 3), r"compressed-tensors\.json: has format 3, this dqtrain reads 2\. Export the run again"),
+        (edited, r"compressed-tensors\.json: does not have the hash in its last line; it was edited or damaged"),
+        (lambda folder: (folder / DESCRIPTION).write_text("[]"), r"compressed-tensors\.json: cannot be read \(TypeError"),
     ],
 )
-def test_a_changed_byte_is_noticed_on_load(spoil, message, tmp_path):
-    model, packed, _ = made("llama", quant(4), tmp_path / "packed")
+def test_damage_is_noticed_on_load(spoil, message, layout, tmp_path, monkeypatch):
+    """Of the layout for vLLM when it is handed over, which says that there is no vLLM as long as the files are whole."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    model, packed, _ = made("llama", quant(4, granularity="per_row"), tmp_path / "packed")
     folder = tmp_path / "made"
     folder.mkdir()
     with format.PackedTensors(packed, format.read_description(packed)) as tensors:
-        CompressedTarget(tensors, model.config, Export()).write(folder)
-    load_any(folder)
+        CompressedTarget(tensors, model.config, Export(compressed_tensors=layout)).write(folder)
+    if layout == "transformers":
+        load_any(folder)
+    else:
+        with pytest.raises(ConfigError, match="there is no `vllm` on PATH"):
+            serve(folder, "127.0.0.1", free_port(), [])
     spoil(folder)
     with pytest.raises(CheckpointError, match=message):
         load_any(folder)
+    with pytest.raises(CheckpointError, match=message):
+        serve(folder, "127.0.0.1", free_port(), [])
 
 
 @pytest.mark.parametrize(("layout", "activations"), [("transformers", A8), ("vllm", None)])

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import flip, prepare_one
+from conftest import flip, of_format, prepare_one
 from safetensors.torch import load_file, save_file
 from test_packed import about, settings
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -30,7 +30,6 @@ from transformers import (
 
 from dqtrain import tensor_file
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.description import sealed
 from dqtrain.artifact.gguf.family import family
 from dqtrain.artifact.gguf.files import files_of
 from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
@@ -140,7 +139,11 @@ def edited(path):
 
 
 def older(path):
-    path.write_text(sealed(['"format": 1', f'"files": {json.dumps(json.loads(path.read_text())["files"])}']))
+    of_format(path, 1)
+
+
+def newer(path):
+    of_format(path, 3)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +156,7 @@ def older(path):
         ("hf/tokenizer.json", flip_a_bit, r"tokenizer\.json: does not have the hash in files\.json"),
         ("hf/files.json", edited, r"files\.json: does not have the hash in its last line; it was edited or damaged"),
         ("hf/files.json", older, r"files\.json: has format 1, this dqtrain reads 2"),
+        ("hf/files.json", newer, r"files\.json: has format 3, this dqtrain reads 2"),
         ("gguf/model.gguf", flip_a_bit, r"model\.gguf: does not have the hash in files\.json; a byte was changed"),
         ("gguf/model.gguf", cut, r"model\.gguf: has \d+ bytes, files\.json says \d+; it is truncated or missing"),
         ("gguf/model.gguf", Path.unlink, r"model\.gguf: has 0 bytes, files\.json says \d+; it is truncated or missing"),
@@ -394,13 +398,23 @@ def test_verify_notices_a_flipped_bit(student, tmp_path):
         to_gguf(made, tmp_path, spoil=flip)
 
 
-@pytest.mark.parametrize("cut", [100, -100])
-def test_a_truncated_file_is_refused(cut, student, tmp_path):
+def test_a_damaged_file_that_no_list_names_is_refused(student, tmp_path):
+    """By llama.cpp. A scale is a part of its block, so that none can be missing without its weight."""
     made = packed_artifact(student("llama"), QUANT, tmp_path / "packed", steps=0)
-    to_gguf(made, tmp_path)
-    (tmp_path / "cut.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="llama.cpp does not load it"):
-        LlamaCpp(tmp_path / "cut.gguf")
+    with format.PackedTensors(made[1], format.read_description(made[1])) as tensors:
+        GgufTarget(tensors, made[0].config, Export()).write(tmp_path)
+    whole, weight = (tmp_path / "model.gguf").read_bytes(), b"blk.0.ffn_up.weight"
+    assert whole.count(weight) == 1 and whole[4:8] == b"\x03\0\0\0"  # the version of the format
+    for content, reason in {
+        whole[:100]: "",
+        whole[:-100]: "",
+        whole.replace(weight, weight[::-1]): r"tensor 'blk\.0\.ffn_up\.weight' not found",
+        whole[:4] + b"\x01" + whole[5:]: "GGUFv1 is no longer supported",
+        whole[:4] + b"\x63" + whole[5:]: "version 99",
+    }.items():
+        (tmp_path / "mine.gguf").write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"mine.gguf: llama.cpp does not load it .*{reason}"):
+            LlamaCpp(tmp_path / "mine.gguf")
     with pytest.raises(CheckpointError, match="is no file"):
         LlamaCpp(tmp_path / "none.gguf")
 

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import flip
+from conftest import flip, of_format
 from families import FAMILIES, LLAMA
 from test_ggml_blocks import GRIDS_AND_BITS, drawn, quantizer_of
 from test_gguf import QUANT, packed_artifact, student  # noqa: F401 # a fixture
@@ -277,10 +277,6 @@ def cut_and_described(folder):
     write_list(folder / "onnx.json")
 
 
-def older(folder):
-    (folder / "onnx.json").write_text((folder / "onnx.json").read_text().replace('"format": 2', '"format": 1'))
-
-
 def edited(folder):
     (folder / "onnx.json").write_text((folder / "onnx.json").read_text().replace("model.onnx", "model.onny"))
 
@@ -300,7 +296,8 @@ def says(text):
         (lambda folder: (folder / "onnx.json").unlink(), r"onnx.json: cannot be read \(FileNotFoundError.* Export the run again with"),
         (lambda folder: flip(folder / "config.json", 70), r"config\.json: does not have the hash in onnx.json; a byte was changed"),
         (lambda folder: cut(folder, "tokenizer.json"), r"tokenizer\.json: has \d+ bytes, onnx.json says"),
-        (older, r"onnx\.json: has format 1, this dqtrain reads 2\. Export the run again"),
+        (lambda folder: of_format(folder / "onnx.json", 1), r"onnx\.json: has format 1, this dqtrain reads 2\. Export the run again"),
+        (lambda folder: of_format(folder / "onnx.json", 3), r"onnx\.json: has format 3, this dqtrain reads 2\. Export the run again"),
         (edited, r"onnx\.json: does not have the hash in its last line; it was edited or damaged"),
         (says("[]"), r"onnx\.json: cannot be read \(TypeError"),
         (says("{}"), r"onnx\.json: cannot be read \(KeyError"),

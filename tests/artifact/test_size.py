@@ -1,13 +1,17 @@
 """Predicted bytes are those of the files, and the papers' count is the papers'."""
 
+import itertools
 import json
+import string
 
 import pytest
 import torch
 from families import FAMILIES
-from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dqtrain.artifact import format
+from dqtrain.artifact.gguf.target import GgufTarget, tensor_bytes
 from dqtrain.artifact.size import (
     MIB,
     artifact_bytes,
@@ -17,7 +21,7 @@ from dqtrain.artifact.size import (
     num_elements,
     paper_bytes,
 )
-from dqtrain.config import Quant
+from dqtrain.config import Export, Quant
 from dqtrain.quant.modules import float_bytes, quantize_model
 
 
@@ -188,3 +192,35 @@ def test_full_size_files(tmp_path, make, least):
     predicted = artifact_bytes(predicted_coverage, floats, about(quant, predicted_coverage))
     assert sizes == (predicted.weights, predicted.description)
     assert float_bytes(model) / sum(sizes) >= least
+
+
+def test_tensors_of_a_gguf_file_are_an_eighteenth_of_the_teacher():
+    quant = settings(vectors="bf16")
+    coverage, floats = on_meta(gpt2_small, quant)
+    assert 4 * num_elements(coverage, floats.other_elements) / tensor_bytes(GPT2Config(), coverage, floats.shapes) >= 18.0
+
+
+def words_as_many_and_as_long_as_those_of_gpt2(folder):
+    """Byte-level BPE with 50,257 words of 356,737 bytes, 2 more than its own, and 50,000 merges, which are no words of any language."""
+    letters = string.ascii_letters
+    twos = [a + b for a, b in itertools.product(letters, repeat=2)]
+    fours = list(itertools.islice(itertools.product(twos, repeat=2), 6844))
+    merges = [*itertools.product(letters, repeat=2), *fours]
+    merges += itertools.islice(itertools.product(map("".join, fours), repeat=2), 50_000 - len(merges))
+    words = [*pre_tokenizers.ByteLevel.alphabet(), *map("".join, merges), "<|endoftext|>"]
+    made = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>").save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_a_complete_gguf_file_is_a_seventeenth_of_the_teacher(tmp_path):
+    quant = settings(vectors="bf16")
+    model = gpt2_small()
+    coverage = quantize_model(model, quant, initialise=False)
+    written(model, coverage, quant, tmp_path / "packed")
+    words_as_many_and_as_long_as_those_of_gpt2(tmp_path / "packed")
+    with format.PackedTensors(tmp_path / "packed", format.read_description(tmp_path / "packed")) as tensors:
+        target = GgufTarget(tensors, model.config, Export())
+        target.write(tmp_path)
+    assert float_bytes(model) / target.stored_bytes(tmp_path)["file"] >= 17.0

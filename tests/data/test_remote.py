@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from dqtrain.config import Cache
 from dqtrain.data import remote
+from dqtrain.data import stream as stream_module
 from dqtrain.data.folder import open_folder
 from dqtrain.data.prepare import VERSION
 from dqtrain.data.reader import own_micro_batches
@@ -121,6 +123,20 @@ def test_a_cache_smaller_than_what_is_read_together_loses_nothing(tmp_path, with
             assert batch.left_out is None and (batch.labels == expected.labels).all() and (batch.input_ids == expected.input_ids).all()
     first, known = far._first_group, far._known
     assert {number for number in range(24) if known[first[number] : first[number + 1]].any()} == set(far._shards) and len(far._shards) < 24
+
+
+def test_shards_that_are_behind_are_let_go(tmp_path, monkeypatch):
+    """What was fetched ahead is mapped, and takes its space for as long as it is, though its copy made room for another."""
+    monkeypatch.setattr(stream_module, "_ORDERED", 2)  # to look ahead at every step
+    sizes = made(tmp_path / "here", [4] * 80, "memory://store")
+    cache = Cache(folder=tmp_path / "copies", gib=12.5 * sizes[0] / 2**30)
+    stream = Stream([open_folder("memory://store", cache)], TOKENS, 3, True, Interleaving((), 2, 2))
+    steps = stream.steps(0, [0], 4, 2)  # of one part, which has 40 shards
+    for _ in range(80):
+        next(steps)
+    stream._fetchers.shutdown()
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "copies") in line]
+    assert 0 < len(mapped) <= 30  # 12 that the cache holds, 8 ahead, and a few that are going
 
 
 def test_what_is_being_fetched_counts_and_what_is_left_behind_goes(tmp_path):
