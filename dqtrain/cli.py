@@ -130,7 +130,7 @@ def _words(args: argparse.Namespace, *names: str) -> list[str]:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of `dqtrain export` say instead of a run's config, but the targets."""
-    given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "allow_inexact": args.allow_inexact or None}
+    given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "hf": args.hf, "allow_inexact": args.allow_inexact or None}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -139,7 +139,7 @@ def _export_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[st
     for run in runs:
         _asked(run, args.to, _given(args))
     given = [word for target in args.to or () for word in ("--to", target)]
-    return [*given, *_words(args, "gguf", "compressed_tensors"), *(["--allow-inexact"] if args.allow_inexact else [])]
+    return [*given, *_words(args, "gguf", "compressed_tensors", "hf"), *(["--allow-inexact"] if args.allow_inexact else [])]
 
 
 def _targets(to: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """A finished run's checkpoint -> verified artifacts: packed codes of a quantized student and what is made of them, a Hugging Face directory of a float one."""
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,30 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
-from dqtrain.artifact import format, parity
+from dqtrain.artifact import format, hf, parity
 from dqtrain.artifact.card import size_of, write_card
 from dqtrain.artifact.compressed.target import CompressedTarget, check_compressed, describe_compressed
-from dqtrain.artifact.description import LIST, write_list
 from dqtrain.artifact.gguf.target import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.load import trained_in_files
 from dqtrain.artifact.onnx.target import OnnxTarget, check_onnx, describe_onnx
 from dqtrain.artifact.openvino.target import OpenVinoTarget, check_openvino, describe_openvino
 from dqtrain.artifact.pretrained import name_in_config
-from dqtrain.artifact.size import export_about
+from dqtrain.artifact.size import export_about, float_part
 from dqtrain.artifact.target import RuntimeTarget
 from dqtrain.config import Export, Quant, RunConfig, Target
 from dqtrain.data.stream import AnyStream
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import sync_path, write_text
-from dqtrain.models.making import meta_model, read_model_config
-from dqtrain.quant.modules import Coverage, float_bytes, is_learned_scale, latent_heads, served_parameters
+from dqtrain.models.making import meta_model
+from dqtrain.quant.modules import Coverage, float_bytes
 from dqtrain.rundir import RunDir
-from dqtrain.tensor_file import write_model_files
 
 
 class Runtime(NamedTuple):
@@ -71,18 +65,18 @@ def export(
     config = run.load_config()
     asked = asked or config.export
     targets = targets_of(config, asked)
-    about = check_targets(config, asked, read_model_config(run.student), _coverage(run) if config.quant else None, run.student)
     model = trained_in_files(run, folder)
+    about = check_targets(config, asked, model, _coverage(run) if config.quant else None, run.student)
     scores = scores or run.load_result()
     first: Target = "hf" if config.quant is None else "packed"
     results: dict[Target, dict[str, Any]] = {}
     if first in targets or not _is_packed(run, folder):
-        results[first] = _hf(run, model, scores) if config.quant is None else _packed(run, model, folder, config, scores)
+        results[first] = _hf(run, model, asked, scores) if config.quant is None else _packed(run, model, folder, config, scores)
     for target in targets:
         if target in RUNTIMES:
             results[target] = _for_runtime(target, run, model, asked, held_out, scores) | {"notes": about[target]}
         elif target not in results:
-            results[target] = _hf(run, model, scores)
+            results[target] = _hf(run, model, asked, scores)
     for figures in results.values():
         say(f"{figures['path']}: {size_of(figures)}")
     last = targets[0] if first not in results else first
@@ -98,13 +92,15 @@ def targets_of(config: RunConfig, asked: Export) -> tuple[Target, ...]:
     return asked.targets or ("hf" if config.quant is None else "packed",)
 
 
-def check_targets(config: RunConfig, asked: Export, model: PretrainedConfig, coverage: Coverage | None, tokenizer: Path) -> dict[Target, list[str]]:
-    """What a person should know about targets before training: lines by target. Raises ConfigError for one that cannot hold the student as it is trained."""
+def check_targets(config: RunConfig, asked: Export, model: PreTrainedModel, coverage: Coverage | None, tokenizer: Path) -> dict[Target, list[str]]:
+    """What a person should know about targets before a student, whose modules are quantized, is trained: lines by target. Raises ConfigError for one that cannot hold the student as it is trained."""
     found = {}
     for target in targets_of(config, asked):
         if target in RUNTIMES:
             assert coverage is not None and config.quant is not None, "a float student has no such target"
-            found[target] = RUNTIMES[target].check(config.quant, model, coverage, tokenizer, asked)
+            found[target] = RUNTIMES[target].check(config.quant, model.config, coverage, tokenizer, asked)
+        elif target == "hf":
+            found[target] = hf.check(coverage, float_part(model), asked)
     return found
 
 
@@ -169,30 +165,14 @@ def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig
         return _figures(run, "packed", model, partial, _weights_bytes(partial), parity.verify(model, partial), scores)
 
 
-def _hf(run: RunDir, model: PreTrainedModel, scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Floats that transformers loads without dqtrain: what forward computed with. Quantized activations become floats."""
-    packed = run.artifact("packed") if run.load_config().quant is not None else None
-    plain = meta_model(run.student)
-    buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not isinstance(tensor, nn.Parameter)}
-
-    def original(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """One of our model's tensors as its family's files have it: experts one by one."""
-        return revert_weight_conversion(plain, {name: tensor})
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, value in itertools.chain(served_parameters(model), buffers.items()):
-            if not is_learned_scale(name):
-                yield from original(name, value).items()
-
-    shapes = [*model.named_parameters(), *latent_heads(model), *buffers.items()]
-    stored = [pair for name, tensor in shapes if not is_learned_scale(name) for pair in original(name, torch.empty_like(tensor, device="meta")).items()]
+def _hf(run: RunDir, model: PreTrainedModel, asked: Export, scores: Mapping[str, Any]) -> dict[str, Any]:
+    config = run.load_config()
+    packed = run.artifact("packed") if config.quant is not None else None
+    rounded = hf.rounded(_coverage(run) if config.quant else None, float_part(model), asked)
     with _published(run, "hf") as partial:
         _copy_student(run, partial)
-        config = json.loads((partial / "config.json").read_text()) | {"architectures": [type(plain).__name__], "dtype": "float32"}
-        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        write_model_files(partial, {name: (tensor.dtype, tensor.shape) for name, tensor in stored}, tensors())
-        write_list(partial / LIST)
-        return _figures(run, "hf", model, partial, _weights_bytes(partial), parity.verify(model, partial, packed), scores)
+        hf.write(model, partial, asked)
+        return _figures(run, "hf", model, partial, _weights_bytes(partial), parity.verify(model, partial, packed, rounded), scores)
 
 
 def _for_runtime(name: Target, run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None, scores: Mapping[str, Any]) -> dict[str, Any]:
