@@ -358,11 +358,11 @@ def _look(args: argparse.Namespace) -> int:
 def _export(run: RunDir, to: Sequence[str] | None, given: dict[str, Any]) -> int:
     """Write a finished run's artifacts, as its config says but for what is given; prints one JSON object."""
     asked = _asked(run, to, given)
-    from dqtrain.artifact.export import RUNTIMES, export
+    from dqtrain.artifact.export import export
     from dqtrain.artifact.load import chosen_checkpoint
     from dqtrain.build import held_out_text
 
-    held_out = held_out_text(run) if RUNTIMES.keys() & set(asked.targets or ()) else None
+    held_out = held_out_text(run) if run.load_config().quant is not None else None
     print(json.dumps(export(run, chosen_checkpoint(run), asked, held_out), indent=1))
     return 0
 

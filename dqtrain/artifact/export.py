@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dqtrain.artifact import format, hf, parity
+from dqtrain.artifact import format, hf, kernels, parity
 from dqtrain.artifact.card import size_of, write_card
 from dqtrain.artifact.compressed.target import CompressedTarget, check_compressed, describe_compressed
+from dqtrain.artifact.description import PARITY
 from dqtrain.artifact.gguf.target import GgufTarget, check_gguf, describe_gguf
 from dqtrain.artifact.load import trained_in_files
 from dqtrain.artifact.onnx.target import OnnxTarget, check_onnx, describe_onnx
@@ -58,7 +59,7 @@ def export(
     """Write, verify and only then publish the artifacts of a checkpoint folder: of each target path, sizes and parity, the first one's outside `others`.
 
     `asked`: which targets and how (default: what the run's config says). All of a quantized student are made of the codes of its packed
-    artifact, which is written first unless it is there, and no weight but the one at work is in memory. A runtime is compared on `held_out` text. `scores`
+    artifact, which is written first unless it is there, and no weight but the one at work is in memory. A quantized student's artifacts are compared on `held_out` text. `scores`
     are for the model cards: step and test (default: those of result.json). `say` is given a line for each artifact that is there. Raises ConfigError for what a target cannot hold, CheckpointError when one
     cannot be written or does not compute what was trained; an older artifact then stays.
     """
@@ -71,14 +72,17 @@ def export(
     first: Target = "hf" if config.quant is None else "packed"
     results: dict[Target, dict[str, Any]] = {}
     if first in targets or not _is_packed(run, folder):
-        results[first] = _hf(run, model, asked, scores) if config.quant is None else _packed(run, model, folder, config, scores)
+        results[first] = _hf(run, model, asked, scores, about["hf"]) if config.quant is None else _packed(run, model, folder, config.quant, held_out, scores)
     for target in targets:
         if target in RUNTIMES:
-            results[target] = _for_runtime(target, run, model, asked, held_out, scores) | {"notes": about[target]}
+            results[target] = _for_runtime(target, run, model, asked, held_out, scores, about[target])
         elif target not in results:
-            results[target] = _hf(run, model, asked, scores)
-    for figures in results.values():
+            results[target] = _hf(run, model, asked, scores, about[target])
+    for target, figures in results.items():
         say(f"{figures['path']}: {size_of(figures)}")
+        for line in figures["notes"]:
+            if line not in about[target]:  # which was said before training
+                say(line)
     last = targets[0] if first not in results else first
     return results.pop(last) | ({"others": results} if results else {})
 
@@ -144,9 +148,12 @@ def _published(run: RunDir, target: Target) -> Iterator[Path]:
         ) from None
 
 
-def _figures(run: RunDir, target: Target, model: PreTrainedModel, folder: Path, size: int, found: dict[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
+def _figures(
+    run: RunDir, target: Target, model: PreTrainedModel, folder: Path, size: int, found: dict[str, Any], scores: Mapping[str, Any], notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """What is known of a target, which is left in its folder too: parity.json, and README.md for people."""
-    figures = {"path": str(run.artifact(target)), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": found}
+    sizes = {"bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size}
+    figures = {"path": str(run.artifact(target)), **sizes, "parity": found, "notes": list(notes)}
     write_text(folder / "parity.json", json.dumps(found, indent=1))
     write_card(run, target, folder, figures, scores, model.config.is_encoder_decoder)
     return figures
@@ -156,32 +163,42 @@ def _weights_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
 
 
-def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig, scores: Mapping[str, Any]) -> dict[str, Any]:
-    assert config.quant is not None
+def _packed(run: RunDir, model: PreTrainedModel, folder: Path, quant: Quant, held_out: AnyStream | None, scores: Mapping[str, Any]) -> dict[str, Any]:
     with _published(run, "packed") as partial:
         _copy_student(run, partial)
-        format.write(model, partial, export_about(_coverage(run), config.quant, folder.name))
+        format.write(model, partial, export_about(_coverage(run), quant, folder.name))
         name_in_config(partial, type(meta_model(run.student)).__name__)
-        return _figures(run, "packed", model, partial, _weights_bytes(partial), parity.verify(model, partial), scores)
+        found = parity.verify_packed(model, partial, held_out)
+        format.add_parity(partial, {name: (found | found["as_shipped"])[name] for name in PARITY})
+        return _figures(run, "packed", model, partial, _weights_bytes(partial), found, scores)
 
 
-def _hf(run: RunDir, model: PreTrainedModel, asked: Export, scores: Mapping[str, Any]) -> dict[str, Any]:
+def _hf(run: RunDir, model: PreTrainedModel, asked: Export, scores: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     config = run.load_config()
     packed = run.artifact("packed") if config.quant is not None else None
     rounded = hf.rounded(_coverage(run) if config.quant else None, float_part(model), asked)
     with _published(run, "hf") as partial:
         _copy_student(run, partial)
         hf.write(model, partial, asked)
-        return _figures(run, "hf", model, partial, _weights_bytes(partial), parity.verify(model, partial, packed, rounded), scores)
+        found = parity.verify(model, partial, packed, rounded)
+        return _figures(run, "hf", model, partial, _weights_bytes(partial), found, scores, notes)
 
 
-def _for_runtime(name: Target, run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None, scores: Mapping[str, Any]) -> dict[str, Any]:
+def _for_runtime(
+    name: Target, run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None, scores: Mapping[str, Any], notes: list[str]
+) -> dict[str, Any]:
     packed = run.artifact("packed")
     with _published(run, name) as partial, format.PackedTensors(packed, format.read_description(packed)) as tensors:
         target = RUNTIMES[name].target(tensors, model.config, asked)
         target.write(partial)
         found = parity.verify_target(model, packed, partial, target, held_out, asked.allow_inexact)
-        return _figures(run, name, model, partial, found["bytes"]["file"], found, scores)
+        if target.has_kernels and float_bytes(model) <= parity.WHOLE_BYTES:
+            sibling = RUNTIMES[name].target(kernels.Widened(tensors), model.config, asked)
+            found["kernels"] = kernels.measure(target, partial, sibling, model.config)
+            notes = [*notes, *kernels.slower(target.program, found["kernels"])]
+        elif target.has_kernels:
+            found["kernels"] = {"not_measured": f"the student takes more than {parity.WHOLE_BYTES:,} bytes as floats"}
+        return _figures(run, name, model, partial, found["bytes"]["file"], found, scores, notes)
 
 
 def _copy_student(run: RunDir, folder: Path) -> None:

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dqtrain import tensor_file
 from dqtrain.artifact import format, hf, parity
-from dqtrain.artifact.description import LIST, write_list
+from dqtrain.artifact.description import LIST, PARITY, write_list
 from dqtrain.artifact.export import check_targets, export
 from dqtrain.artifact.load import chosen_checkpoint, load_artifact, trained_model
-from dqtrain.artifact.size import float_part
+from dqtrain.artifact.size import artifact_bytes, export_about, float_part
 from dqtrain.bench.export import SMALL, gpt2, measure, write_run
 from dqtrain.bench.sharding import FREED
 from dqtrain.cli import main
@@ -56,7 +56,7 @@ def test_it_is_what_is_written_of_the_model_in_memory(run, exported, tmp_path):
     assert found["parity"]["relative_logit_difference"] == found["others"]["hf"]["parity"]["relative_logit_difference"] == 0.0
     model = trained_model(run, chosen_checkpoint(run))
     about = format.read_description(run.artifact("packed"))
-    format.write(model, tmp_path, {key: about[key] for key in ("activations", "checkpoint", "coverage")})
+    format.write(model, tmp_path, {key: about[key] for key in ("activations", "checkpoint", "parity", "coverage")})
     assert all((tmp_path / name).read_bytes() == files["packed"][name] for name in ("model.safetensors", "artifact.json"))
     served, plain = dict(served_parameters(model)), load_model(run.artifact("hf"))
     assert all(torch.equal(value, served[name]) for name, value in plain.named_parameters())
@@ -65,8 +65,30 @@ def test_it_is_what_is_written_of_the_model_in_memory(run, exported, tmp_path):
 
 
 def test_exported_whole_and_again_it_is_the_same(run, exported):
-    export(run, chosen_checkpoint(run), Export(targets=("packed", "hf")))
-    assert {target: files_of(run.artifact(target)) for target in ("packed", "hf")} == exported[1]
+    files = []
+    for _ in range(2):
+        export(run, chosen_checkpoint(run), Export(targets=("packed", "hf")))
+        files.append({target: files_of(run.artifact(target)) for target in ("packed", "hf")})
+    assert files[0] == files[1] and files[0]["hf"] == exported[1]["hf"] and files[0]["packed"].keys() == exported[1]["packed"].keys()
+    proof = {"artifact.json", "parity.json", "README.md"}  # more is looked at of what is whole
+    assert {name for name, content in files[0]["packed"].items() if content != exported[1]["packed"][name]} == proof
+
+
+def test_the_description_has_the_figures_of_the_proof(run, exported):
+    figures = exported[0]["parity"]
+    written = json.loads(exported[1]["packed"]["artifact.json"])
+    expected = {name: (figures | figures["as_shipped"])[name] for name in PARITY}
+    assert written["parity"] == pytest.approx(expected, rel=1e-3) and written["parity"]["perplexity"] > 100
+    assert figures["as_shipped"]["target_tokens"] == 64 and "fast" not in figures  # a single text was read
+    coverage = Coverage.from_json(run.coverage.read_text())
+    foretold = artifact_bytes(coverage, float_part(meta_student(run)), export_about(coverage, run.load_config().quant))
+    assert foretold.total == figures["bytes"]["file"] == sum(len(exported[1]["packed"][name]) for name in ("model.safetensors", "artifact.json"))
+
+
+def meta_student(run):
+    model = meta_model(run.student)
+    quantize_model(model, run.load_config().quant, initialise=False)
+    return model
 
 
 def test_what_fails_leaves_no_half_and_what_was_killed_last_leaves_the_older_one(run, exported, monkeypatch):
@@ -232,7 +254,8 @@ def test_bf16_that_holds_all_needs_no_leave(run, exported, tmp_path):
     other.config.write_text(yaml.safe_dump(tree | {"export": {"hf": "bf16"}}))
     other.coverage.write_text(quantize_model(meta_model(other.student), Quant.model_validate(tree["quant"]), initialise=False).to_json())
     found = export(other, chosen_checkpoint(other), Export(targets=("packed", "hf"), hf="bf16"))
-    assert found["others"]["hf"]["parity"] == found["parity"] and found["parity"]["relative_logit_difference"] == 0.0
+    assert found["others"]["hf"]["parity"].items() <= {key: value for key, value in found["parity"].items() if not isinstance(value, dict)}.items()
+    assert found["parity"]["relative_logit_difference"] == 0.0
     assert {tensor.dtype for tensor in load_file(other.artifact("hf") / "model.safetensors").values()} == {torch.bfloat16}
 
 

@@ -82,6 +82,7 @@ class CompressedTarget:
     """A packed artifact in compressed-tensors' format (`target.RuntimeTarget`), one tensor at a time. Raises ConfigError as `plan`."""
 
     name: Target = "compressed-tensors"
+    has_kernels = False  # transformers multiplies floats
     tolerance = 1e-5  # the same values in the same dtype, but sums in another order
     factors: Mapping[str, float] = {}
     rounded = ()  # scales are fp32

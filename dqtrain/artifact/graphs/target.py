@@ -115,6 +115,7 @@ class GraphTarget(ABC):
     digits: Digits
     weights_file: str
     description: str  # what lists the other files
+    has_kernels = True
     tolerance = 1e-5  # what another order of sums makes of fp32: 1e-6 is measured
     factors: Mapping[str, float] = {}
     rounded: Collection[str] = ()  # scales are fp32, or fp16 where that holds them
