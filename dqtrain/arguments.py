@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   dqtrain status runs/mine                               what a run does; logs, stop and resume take the same
   dqtrain eval runs/mine --split validation
   dqtrain export runs/mine --to gguf                     a file for llama.cpp; `dqtrain generate` runs it too
-  dqtrain generate runs/mine/artifact/packed "Once upon a time"
+  dqtrain generate runs/mine/artifact/packed "Once upon a time" --compare    what it writes, beside what its teacher does
   dqtrain serve runs/mine/artifact/gguf --port 8080      an existing server's HTTP interface
 
 exit codes: 0 done; 2 config, 3 data, 4 checkpoint or artifact, 5 numerics: mend it first; 75 saved and stopped: start it again
@@ -284,7 +284,12 @@ def _artifacts(commands: Commands) -> None:
     weights.add_argument("--step", type=int, help="step of the checkpoint (default: the newest sound one)")
     weights.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="what they are stored in (default fp32)")
     generate = _command(
-        commands, "generate", "let a model or artifact continue a prompt, greedily", 'dqtrain generate runs/mine/artifact/packed "def main(" --mode fast'
+        commands,
+        "generate",
+        "let a model or artifact continue a prompt, or answer it where its tokenizer has a chat template, greedily",
+        'dqtrain generate runs/mine/artifact/packed "def main(" --mode fast\n'
+        '  dqtrain generate runs/mine/artifact/gguf "def main(" --compare                        beside what the teacher of runs/mine writes\n'
+        '  dqtrain generate runs/mine/artifact/gguf "def main(" --compare runs/mine/artifact/hf   beside what another model writes',
     )
     generate.add_argument(
         "model",
@@ -297,15 +302,23 @@ def _artifacts(commands: Commands) -> None:
     generate.add_argument(
         "--mode",
         choices=["exact", "dense", "fast"],
-        help="of a packed artifact: exact, as it was trained (default); dense, float activations; fast, torch's integer kernels for CPUs, float activations",
+        help="of a packed artifact: exact, as it was trained (default); dense, float activations; fast, torch's integer kernels, float activations, on the GPU if there is one",
     )
-    generate.add_argument("--compare", type=Path, metavar="MODEL", help="let this model, such as the teacher, write too")
+    generate.add_argument(
+        "--compare",
+        nargs="?",
+        const=True,
+        type=Path,
+        metavar="MODEL",
+        help="print it beside what MODEL writes, which is on the left (default: the teacher of the run that the artifact is of)",
+    )
     serving = _command(
         commands,
         "serve",
         "hand an artifact to an existing server with an OpenAI-compatible HTTP interface: llama.cpp's, vLLM's or that of transformers",
         "dqtrain serve runs/mine/artifact/gguf --port 8080\n  dqtrain serve runs/mine/artifact/compressed-tensors -- --max-model-len 1024    flags of the server itself",
     )
+    serving.usage = "%(prog)s [-h] [--host HOST] [--port PORT] model [-- FLAGS]"
     serving.add_argument("model", type=Path, help="GGUF file or its folder, directory of compressed-tensors, packed artifact, or Hugging Face directory")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
     serving.add_argument("--port", type=_port, default=8080, help="port (default 8080)")

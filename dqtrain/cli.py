@@ -443,40 +443,41 @@ def _plan(config: RunConfig, nodes: int, gpus: int, gpu: str, as_json: bool) -> 
     return 0
 
 
-def _generate(path: Path, prompt: str, tokens: int, mode: str | None, other: Path | None) -> int:
-    """Print the prompt and its greedy continuation, as it is written; below it that of another model."""
-    for model in (path, other) if other else (path,):
-        if other:
-            print(f"{model}:")
-        file = model if model.suffix == ".gguf" else model / "model.gguf"
-        if file.is_file():
-            from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
+def _generate(args: argparse.Namespace) -> int:
+    """Print the prompt and its greedy continuation, as it is written; or those of two models beside each other, when both are written."""
+    model = hub.fetch(args.model)
+    named = _teacher(model) if args.compare is True else args.compare
+    other = named and hub.fetch(named)
+    from dqtrain.artifact.generate import generate, side_by_side
 
-            if mode and model == path:
-                raise ConfigError(f"--mode is for packed artifacts, but llama.cpp runs {file}. Leave it out.")
-            with LlamaCpp(file) as runtime:
-                print(runtime.generate(prompt, tokens))
-            continue
-        if (model / "onnx.json").is_file():
-            from dqtrain.artifact.onnx.runtime import OnnxRunner
-
-            if mode and model == path:
-                raise ConfigError(f"--mode is for packed artifacts, but ONNX Runtime runs {model}. Leave it out.")
-            OnnxRunner(model).generate(prompt, tokens, stream=True)
-            continue
-        if (model / "openvino.json").is_file():
-            from dqtrain.artifact.openvino.runtime import OpenVinoRunner
-
-            if mode and model == path:
-                raise ConfigError(f"--mode is for packed artifacts, but OpenVINO runs {model}. Leave it out.")
-            OpenVinoRunner(model).generate(prompt, tokens, stream=True)
-            continue
-        from dqtrain.artifact.load import complete, load_artifact, load_spread
-
-        run = RunDir(model)
-        loaded = load_artifact(model, mode) if mode and model == path else load_spread(model)
-        complete(loaded, run.student if run.config.is_file() else model, prompt, tokens, stream=True)
+    if other is None:
+        generate(model, args.prompt, args.tokens, args.mode, stream=True)
+        return 0
+    written = generate(model, args.prompt, args.tokens, args.mode)
+    texts = generate(other, args.prompt, args.tokens).removeprefix(args.prompt), written.removeprefix(args.prompt)
+    headings = (f"teacher: {named}", f"student: {args.model}") if args.compare is True else (str(named), str(args.model))
+    print(f"{args.prompt}\n\n{side_by_side(headings, texts, shutil.get_terminal_size().columns)}")
     return 0
+
+
+def _teacher(path: Path) -> Path:
+    """The teacher of the run that an artifact lies in, or that this is. Raises ConfigError where there is no such run, or no such teacher."""
+    folder = path.absolute()
+    found = [folder, *(parent.parent for parent in folder.parents if parent.name == "artifact")]
+    run = next((run for run in map(RunDir, found) if run.config.is_file()), None)
+    if run is None:
+        raise ConfigError(
+            f"--compare: {path} is neither a run nor in RUN/artifact, so that nothing tells its teacher ({found[-1]}/run.yaml is not there). "
+            "Name the model to compare with: --compare MODEL."
+        )
+    teacher = run.load_config().teacher
+    if teacher is None:
+        raise ConfigError(f"--compare: {run.config} names no teacher (teacher: null). Name the model to compare with: --compare MODEL.")
+    if not (str(teacher.path).startswith("hf:") or teacher.path.is_dir()):
+        raise ConfigError(
+            f"--compare: {teacher.path}, the teacher.path of {run.config}, is not there; a relative path counts from this folder. Name where it is now: --compare MODEL."
+        )
+    return teacher.path
 
 
 SIDE_JOBS = ("prepare", "eval", "cache-teacher", "export")
@@ -500,7 +501,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "export": lambda args: _export(RunDir(args.run), args.to, _given(args)),
     "weights": lambda args: _weights(RunDir(args.run), args.out, args.step, args.dtype),
     "bench": _bench,
-    "generate": lambda args: _generate(hub.fetch(args.model), args.prompt, args.tokens, args.mode, args.compare and hub.fetch(args.compare)),
+    "generate": _generate,
     "serve": _serve,
     "quickstart": _quickstart,
 }

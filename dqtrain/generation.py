@@ -27,6 +27,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from dqtrain.config import Generation, Pairs, Source
 from dqtrain.data.corpus import references
@@ -100,6 +101,7 @@ def generate(
     precision: str = "fp32",
     synced: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
     """The text that a model writes for each source (template applied), in order, on every rank. Collective.
 
@@ -107,7 +109,7 @@ def generate(
     is the work of rank k mod world_size: the text depends on neither the number of ranks nor the order of the sources, and on
     `micro_batch` by rounding alone. `synced`: the weights are partitioned (ZeRO-3), and every rank makes the same forwards. `precision` is
     that of training. The model writes in eval mode and gets its modes back, but with `settings.dropout` it stays in the mode it has;
-    dropout draws by batch. `progress` is called with (rounds done, rounds). Raises ConfigError as `check_generation`, and DataError for a
+    dropout draws by batch. `progress` is called with (rounds done, rounds), and `streamer` is transformers' own, for one source without beams. Raises ConfigError as `check_generation`, and DataError for a
     source without a token.
     """
     check_generation(model.config, settings, source_tokens)
@@ -144,6 +146,7 @@ def generate(
                     generation_config=search,
                     logits_processor=LogitsProcessorList(ngrams),
                     synced_gpus=synced and world.world_size > 1,
+                    streamer=streamer,
                     **cache,
                 )
             if number < len(batches):

@@ -28,6 +28,8 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     absent = RUNTIMES["torchao int8 weights"]._replace(packages=("json", "no_such_package"))
     assert absent.missing == "no_such_package is not installed; pip install 'dqtrain[runtimes,bench]'"
     assert RUNTIMES["packed, fast"].missing is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert RUNTIMES["GPU, packed, fast"].missing.endswith(" sees no GPU here")
     monkeypatch.setenv("CXX", "true")
     assert RUNTIMES["transformers compiled"].missing is None
 

@@ -1,8 +1,8 @@
-"""A packed artifact on torch's own integer kernels for CPUs, in bf16: weights stay codes, activations are float.
+"""A packed artifact on torch's own integer kernels, in bf16: weights stay codes, activations are float.
 
-Linear layers keep codes as `aten::_weight_int4pack_mm_for_cpu` (half a byte each) or `aten::_weight_int8pack_mm` (one) read them; word embeddings are gathered
-out of the artifact's own bytes, so that a tied table is there twice, as codes both times; tables of positions, which are small, and what
-training left float are bf16. Codes and scales are those of training: what differs from `exact` is that activations are not quantized and that arithmetic is in bf16.
+Linear layers keep codes as `aten::_weight_int4pack_mm_for_cpu`, on GPUs `aten::_weight_int4pack_mm` (half a byte each), or `aten::_weight_int8pack_mm` (one) read
+them; word embeddings are gathered out of the artifact's own bytes, so that a tied table is there twice, as codes both times; tables of positions, which are small,
+and what training left float are bf16. A GPU's kernels have to show, when an artifact is loaded, that they compute what its codes say. Codes and scales are those of training: what differs from `exact` is that activations are not quantized and that arithmetic is in bf16.
 
 With w = (code - zero_point + offset) * scale the kernels compute ((u - 8) * s + z) x, u in 0..15, and (c * s) x, c in -128..127, with s and z in bf16.
 
@@ -14,7 +14,7 @@ With w = (code - zero_point + offset) * scale the kernels compute ((u - 8) * s +
 | 8 bits per tensor or row | int8 | c = code |
 | at most 4 bits per tensor or row, inputs not divisible by 32 | int8 | c = 2 (code - zero_point + offset), s = scale / 2 |
 
-Refused by name: fp32 scales, 8-bit affine codes and 8-bit codes in groups, groups that 32 does not divide, and experts.
+Refused by name: fp32 scales, 8-bit affine codes and 8-bit codes in groups, groups that 32 does not divide, rows for the int8 kernel that 16 does not divide, and experts.
 """
 
 import math
@@ -41,6 +41,9 @@ GROUPS = (256, 128, 64, 32)
 INT8_INPUTS = 16
 """Inputs come in multiples of this many in the int8 kernel, which reads beyond its memory otherwise (measured in torch 2.13)."""
 
+TILE = 16
+"""Inputs that tensor cores of a GPU take at a time; its int4 kernel lays out 2, 4 or 8 such tiles together."""
+
 BLOCK = 64
 """Outputs that the int4 kernel lays out together on processors with AVX-512."""
 
@@ -61,7 +64,7 @@ class FastLinear(nn.Module):
     """x [..., in_features] in bf16 -> [..., out_features]; filled by `fill`."""
 
     weight = _STAND_IN  # what families ask the dtype of
-    codes: Tensor  # uint8 [rows, in_features / 2] in the int4 kernel's layout, or int8 [rows, in_features]
+    codes: Tensor  # uint8 [rows, in_features / 2] in the int4 kernel's layout, on GPUs int32 [rows / 8, ...] in theirs, or int8 [rows, in_features]
     scales: Tensor  # bf16: [in_features / group, rows, (s, z)], or [rows]
     lost: Tensor | None  # bf16 [rows, groups that were trained]
     values: Tensor | None  # int32 [256]: of the two codes in a byte, each bf16, for products of many rows
@@ -89,7 +92,8 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, lost: Tensor | None, value
     if values is not None and rows.shape[0] >= MANY:
         out = _many_rows(rows, codes, values).mul_(scales[0, :, 0])
     elif group:
-        out = torch._weight_int4pack_mm_for_cpu(rows, codes, group, scales)
+        kernel = torch._weight_int4pack_mm_for_cpu if rows.is_cpu else torch._weight_int4pack_mm
+        out = kernel(rows, codes, group, scales)
     else:
         out = torch._weight_int8pack_mm(rows, codes, scales)
     if lost is not None:
@@ -205,8 +209,8 @@ def _refusal(name: str, why: str) -> ConfigError:
     return ConfigError(f"mode fast cannot hold {name}: {why}. Load the artifact with mode exact, or with mode dense and dtype bfloat16.")
 
 
-def fill(model: PreTrainedModel, packed: PackedTensors) -> None:
-    """Give the layers that `make_room` made their codes and scales; layers of one kind that read one weight share them."""
+def fill(model: PreTrainedModel, packed: PackedTensors, device: torch.device) -> None:
+    """Give the layers that `make_room` made their codes and scales; layers of one kind that read one weight share them. Raises ConfigError for a GPU that miscomputes."""
     made: dict[tuple[str, bool], dict[str, Tensor | None]] = {}
     for module in model.modules():
         if isinstance(module, FastLinear | FastEmbedding):
@@ -216,9 +220,30 @@ def fill(model: PreTrainedModel, packed: PackedTensors) -> None:
             else:
                 module.quantizer = quantizer
             if key not in made:
-                made[key] = _of_linear(module, packed, quantizer) if isinstance(module, FastLinear) else _of_embedding(module, packed, quantizer)
+                of_layer = _of_linear(module, packed, quantizer, device) if isinstance(module, FastLinear) else _of_embedding(module, packed, quantizer)
+                made[key] = {name: None if tensor is None else tensor.to(device) for name, tensor in of_layer.items()}
             for name, tensor in made[key].items():
                 module.register_buffer(name, tensor, persistent=False)
+    if device.type != "cpu":
+        kinds: dict[int, FastLinear] = {}  # the smallest layer of each kernel and group
+        for module in model.modules():
+            if isinstance(module, FastLinear):
+                kinds[module.group] = min(kinds.get(module.group, module), module, key=lambda layer: layer.in_features * layer.out_features)
+        for layer in kinds.values():
+            check_kernel(layer, packed, device)
+
+
+def check_kernel(layer: FastLinear, packed: PackedTensors, device: torch.device) -> None:
+    """Raise ConfigError where a layer's product on a device is not, to the precision of bf16, that of the values of its codes."""
+    x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values = packed.value(layer.name).double()
+    expected = x.double() @ (values.T if packed.quantized[layer.name].row_axis == 0 else values)
+    codes, scales, lost, _, _, group, outputs = layer.operands
+    found = product(x.to(device), codes, scales, lost, None, None, group, outputs).cpu().double()
+    if not (found - expected).norm() <= 2.0**-6 * expected.norm():
+        raise ConfigError(
+            f"torch {torch.__version__} multiplies the codes of {layer.name} wrongly on {device}. Load the artifact there with mode dense and dtype bfloat16."
+        )
 
 
 def _of_embedding(module: FastEmbedding, packed: PackedTensors, quantizer: WeightQuantizer) -> dict[str, Tensor | None]:
@@ -227,7 +252,7 @@ def _of_embedding(module: FastEmbedding, packed: PackedTensors, quantizer: Weigh
     return {"bytes_": stored.packed, "powers": powers, "scale": stored.scale, "zero_point": stored.zero_point}
 
 
-def _of_linear(module: FastLinear, packed: PackedTensors, quantizer: WeightQuantizer) -> dict[str, Tensor | None]:
+def _of_linear(module: FastLinear, packed: PackedTensors, quantizer: WeightQuantizer, device: torch.device) -> dict[str, Tensor | None]:
     levels, inputs = quantizer.levels, module.in_features
     num_rows = math.ceil(module.out_features / ROWS) * ROWS
     stored = packed.stored(module.name)
@@ -245,7 +270,10 @@ def _of_linear(module: FastLinear, packed: PackedTensors, quantizer: WeightQuant
         if module.group:
             whole = torch.nn.functional.pad(whole.add_(8), (0, 0, 0, filled - end))
             first = whole[:BLOCK].to(torch.uint8) if start == 0 else first
-            codes[start:filled] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1).view(filled - start, -1)
+            if device.type == "cpu":
+                codes[start:filled] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1).view(filled - start, -1)
+            else:
+                codes[start:filled] = whole[:, ::2] << 4 | whole[:, 1::2]
         else:
             doubled = whole if levels.count > 16 else whole.mul_(2).add_(int(2 * levels.offset))
             codes[start:filled] = torch.nn.functional.pad(doubled, (0, 0, 0, filled - end))
@@ -255,7 +283,12 @@ def _of_linear(module: FastLinear, packed: PackedTensors, quantizer: WeightQuant
     pairs = torch.stack([scale, added], -1).to(torch.bfloat16)  # [num_rows, groups, 2]
     lost = (added - pairs[..., 1].float()).to(torch.bfloat16)  # exact: at most 3 bits are left
     scales = pairs.repeat_interleave(inputs // module.group // pairs.shape[1], 1).transpose(0, 1).contiguous()
-    values = _values(codes, first, levels.offset) if pairs.shape[1] == 1 and not splits else None  # with one scale for all of a row's codes
+    values = None
+    if device.type != "cpu":
+        tiles = next(tiles for tiles in (8, 4, 2) if inputs % (tiles * TILE) == 0)
+        codes = torch._convert_weight_to_int4pack(codes.to(device), tiles)
+    elif pairs.shape[1] == 1 and not splits:  # one scale for all of a row's codes
+        values = _values(codes, first, levels.offset)
     return {"codes": codes, "scales": scales, "lost": lost if lost.any() else None, "values": values}
 
 

@@ -47,19 +47,24 @@ def shorten_steps(model: PreTrainedModel) -> None:
 
 
 class Growing(DynamicLayer):
-    """Keys and values of a layer with room behind them, where transformers copies all that was read for each token."""
+    """Keys and values of a layer in fp32, with room behind them, where transformers copies all that was read for each token."""
 
     room: tuple[Tensor, Tensor] | None = None
     last: Tensor | None = None  # what `keys` was made; something else where beams were sorted or texts cut since
 
     def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **given: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values [batch, heads, tokens, width], these behind those that were there."""
+        """As transformers' modules want them: in the dtype of these."""
+        keys, values = self.grow(key_states, value_states)
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
+
+    def grow(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values [batch, heads, tokens, width], fp32, these behind those that were there."""
         assert self.keys is not None and self.values is not None, "a prompt was read"
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if self.room is None or self.keys is not self.last or end > self.room[0].shape[2]:
             batch, heads, _, width = self.keys.shape
-            self.room = (self.keys.new_empty(batch, heads, end + ROOM, width), self.values.new_empty(batch, heads, end + ROOM, self.values.shape[3]))
+            self.room = torch.empty(batch, heads, end + ROOM, width), torch.empty(batch, heads, end + ROOM, self.values.shape[3])
             self.room[0].narrow(2, 0, start).copy_(self.keys)
             self.room[1].narrow(2, 0, start).copy_(self.values)
         keys, values = self.room
@@ -167,15 +172,15 @@ def _seen(window: int | None) -> str:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, cache: Any, *, layer: int, q_num_heads: int, kv_num_heads: int, scale: float) -> Tensor:
-    """[batch, 1, heads x width]; heads that share keys are as tokens of one head."""
+    """[batch, 1, heads x width]; heads that share keys are as tokens of one head. In fp32: of one token in bf16 torch's kernel for CPUs takes five times as long."""
     batch = q.shape[0]
     shape = (batch, kv_num_heads, 1, -1)
     of_layer = cache.layers[layer]
     if type(of_layer) is DynamicLayer:
         of_layer.__class__ = Growing
-    keys, values = of_layer.update(k.view(shape), v.view(shape))
-    q = q.view(batch, kv_num_heads, q_num_heads // kv_num_heads, -1)
-    return nn.functional.scaled_dot_product_attention(q, keys, values, seen, scale=scale).reshape(batch, 1, -1)
+    keys, values = of_layer.grow(k.view(shape), v.view(shape))
+    q32 = q.view(batch, kv_num_heads, q_num_heads // kv_num_heads, -1).float()
+    return nn.functional.scaled_dot_product_attention(q32, keys, values, seen, scale=scale).to(q.dtype).reshape(batch, 1, -1)
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
@@ -193,9 +198,14 @@ def _reshape(x: Tensor, shape: Tensor) -> Tensor:
     return x.reshape([size or x.shape[i] for i, size in enumerate(shape.tolist())])
 
 
+def _cast(x: Tensor, to: int) -> Tensor:
+    assert to == Graph.FLOAT, "families cast positions alone"
+    return x.float()
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": torch.add,
-    "Cast": lambda x, to: x.float(),
+    "Cast": _cast,
     "Cos": torch.cos,
     "Gelu": nn.functional.gelu,
     "LayerNormalization": lambda x, weight, bias, axis, epsilon: torch.layer_norm(x, weight.shape, weight, bias, epsilon),

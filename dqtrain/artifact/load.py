@@ -15,13 +15,14 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import offload_weight, save_offload_index
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel
 
 from dqtrain import checkpoint
 from dqtrain.artifact import format
 from dqtrain.artifact.compressed.load import is_compressed, load_compressed
 from dqtrain.artifact.description import check_if_listed
 from dqtrain.artifact.pretrained import DTYPES, METHOD
+from dqtrain.artifact.text import Text, read_prompt, require_room
 from dqtrain.config import ActivationQuant, Generation
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
@@ -34,8 +35,8 @@ from dqtrain.rundir import RunDir
 from dqtrain.world import World
 
 
-def load_artifact(path: Path | str, mode: str = "exact") -> PreTrainedModel:
-    """The model of a packed artifact, in eval mode: `exact`, `dense` or `fast` (`pretrained`); as transformers' from_pretrained gives it after `import dqtrain`.
+def load_artifact(path: Path | str, mode: str = "exact", device: str = "cpu") -> PreTrainedModel:
+    """The model of a packed artifact, in eval mode, on a device: `exact`, `dense` or `fast` (`pretrained`); as transformers' from_pretrained gives it after `import dqtrain`.
 
     Raises CheckpointError for a damaged artifact and for a folder that holds none, ConfigError for what a mode cannot do.
     """
@@ -44,8 +45,8 @@ def load_artifact(path: Path | str, mode: str = "exact") -> PreTrainedModel:
         raise CheckpointError(f"{folder}: no artifact.json there, so that it is no packed artifact. Give a folder that `dqtrain export RUN` wrote.")
     config = read_model_config(folder)
     config.quantization_config = {"quant_method": METHOD, "mode": mode}
-    model = model_class(config).from_pretrained(folder, config=config, dtype=DTYPES.get(mode) or torch.float32, local_files_only=True)
-    return model
+    how = {"dtype": DTYPES.get(mode) or torch.float32, "device_map": None if device == "cpu" else {"": device}}
+    return model_class(config).from_pretrained(folder, config=config, local_files_only=True, **how)
 
 
 def chosen_checkpoint(run: RunDir) -> Path:
@@ -217,35 +218,27 @@ def _prefixes(name: str) -> Iterator[str]:
     yield ""
 
 
-def read_prompt(tokenizer: Any, prompt: str) -> tuple[list[int], bool]:
-    """Token ids that a causal model goes on from, and whether they are a user's turn of a chat, as the tokenizer's template has it."""
-    if tokenizer.chat_template is not None:
-        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False), True
-    return tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id], False
-
-
 def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int, stream: bool = False) -> str:
     """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt.
 
     Where the tokenizer has a chat template the prompt is what a user says, and the answer alone is given. `stream`: also print it, as it is written.
+    Raises ConfigError for too many tokens, DataError for a template that refuses the prompt.
     """
     tokenizer = load_tokenizer(path)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     longest = getattr(model.config, "max_position_embeddings", None)
     if model.config.is_encoder_decoder:
-        if longest is not None and tokens > longest:
-            raise ConfigError(f"{tokens} tokens are asked, but {path} has {longest} positions; ask for fewer.")
+        require_room(path, longest, tokens)
         world = World(0, 1, 0, input_device(model))
-        text = write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world)[0]
-        if stream:
-            print(text)
-        return text
+        text = Text(decode, num_hidden=1, stream=stream)  # without the token that a decoder starts with
+        write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world, streamer=text)
+        return str(text)
     ids, is_chat = read_prompt(tokenizer, prompt)
-    if longest is not None and len(ids) + tokens > longest:
-        raise ConfigError(f"the prompt has {len(ids)} tokens and {tokens} more are asked, but {path} has {longest} positions; ask for fewer.")
+    require_room(path, longest, tokens, len(ids))
     read = torch.tensor([ids], device=input_device(model))
-    streamer = TextStreamer(tokenizer, skip_prompt=is_chat, skip_special_tokens=True) if stream else None
+    text = Text(decode, len(ids) if is_chat else 0, stream)
     search = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.eos_token_id}
     generate: Any = model.generate
     with torch.no_grad():
-        out = generate(read, attention_mask=torch.ones_like(read), streamer=streamer, **search)
-    return tokenizer.decode(out[0, len(ids) if is_chat else 0 :], skip_special_tokens=True)
+        generate(read, attention_mask=torch.ones_like(read), streamer=text, **search)
+    return str(text)

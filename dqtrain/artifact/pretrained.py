@@ -9,7 +9,7 @@ here at the top: transformers is then in the middle of its own import.
 - exact: the values of the codes in fp32, activations quantized as in training. A model in another dtype would compute something else, so it is refused.
 - dense: a plain float model of its own class, in fp32 or any dtype that is asked for. It knows nothing of quantization any more, activations are float,
   and save_pretrained writes an ordinary model directory.
-- fast: codes in the layout of torch's integer kernels, in bf16, with float activations (`fast`).
+- fast: codes in the layout of torch's integer kernels for the CPU or one GPU, in bf16, with float activations (`fast`).
 
 transformers reads the floats of the file itself, and hands codes to `_Unpack`; tied weights, devices and reading in threads are its own.
 """
@@ -80,9 +80,14 @@ class PackedQuantizer(HfQuantizer):
         return dtype
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
-        """As it was given. Raises ConfigError for the fast mode elsewhere than on CPUs."""
-        if self.quantization_config.mode == "fast" and {torch.device(place).type for place in (device_map or {}).values() if place != "disk"} - {"cpu"}:
-            raise ConfigError("mode fast of a packed artifact has kernels for CPUs alone. Load it without a device_map, or with mode dense and dtype bfloat16.")
+        """As it was given. Raises ConfigError for the fast mode on several devices, or none."""
+        if self.quantization_config.mode == "fast":
+            place, *others = {str(place) for place in (device_map or {"": "cpu"}).values()}
+            if others or place in ("disk", "meta"):
+                raise ConfigError(
+                    f"mode fast of a packed artifact runs on one device, not on {', '.join([place, *others])}. Load it with device_map='cpu' or 'cuda', or with mode dense and dtype bfloat16."
+                )
+            self.device = torch.device(int(place) if place.isdigit() else place)
         return device_map
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **given: Any) -> "PreTrainedModel":
@@ -144,8 +149,9 @@ class PackedQuantizer(HfQuantizer):
         mode = self.quantization_config.mode
         with format.PackedTensors(self.folder, self.about) as packed:
             if mode == "fast":
-                fast.fill(model, packed)
-                fast_step.shorten_steps(model)
+                fast.fill(model, packed, self.device)
+                if self.device.type == "cpu":
+                    fast_step.shorten_steps(model)
             if mode == "exact":
                 known = {name for name, _ in model.named_parameters()}
                 quantize_activations(model, packed.coverage, self.about["activations"] and ActivationQuant(**self.about["activations"]))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dqtrain.artifact.description import check_if_listed, check_list
+from dqtrain.artifact.program import program_of
 from dqtrain.errors import ConfigError
 from dqtrain.rundir import RunDir
 
@@ -22,28 +23,25 @@ def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
     Files that a list beside them names are looked at first, since no server does. Raises ConfigError for what no server runs, for a server that is not
     installed, and for a port that is taken, CheckpointError for damage.
     """
-    file = path if path.suffix == ".gguf" else path / "model.gguf"
+    program, model = program_of(path)
     if RunDir(path).config.is_file():
         raise ConfigError(
             f"{path} is a run. Name one of its artifacts, such as {path}/artifact/packed; `dqtrain export {path} --to gguf` makes one for llama.cpp."
         )
     check_if_listed(path)
-    if not file.is_file() and not (path / "config.json").is_file():
+    if program != "llama.cpp" and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: is neither a GGUF file nor a model directory. Name an artifact that `dqtrain export` wrote.")
-    runtime = next((name for name, listed in (("ONNX", "onnx.json"), ("OpenVINO", "openvino.json")) if (path / listed).is_file()), None)
-    if not file.is_file() and runtime is not None:
-        raise ConfigError(
-            f"{path}: no server that dqtrain knows runs graphs of {runtime}. `dqtrain generate {path} PROMPT` does; or serve another target of the run."
-        )
+    if program in ("ONNX Runtime", "OpenVINO"):
+        raise ConfigError(f"{path}: no server that dqtrain knows runs {program}. `dqtrain generate {path} PROMPT` does; or serve another target of the run.")
     _check_port(host, port)
     if (path / "compressed-tensors.json").is_file():
         check_list(path / "compressed-tensors.json")
-    if not file.is_file():
+    if program == "transformers":
         command = _of_directory(path, host, port)
-    elif (program := shutil.which("llama-server")) is not None:
-        command = [program, "--model", str(file), "--host", host, "--port", str(port)]
+    elif (server := shutil.which("llama-server")) is not None:
+        command = [server, "--model", str(model), "--host", host, "--port", str(port)]
     else:
-        return _llama_cpp(file, host, port, flags)
+        return _llama_cpp(model, host, port, flags)
     sys.stdout.flush()
     os.execv(command[0], [*command, *flags])
 

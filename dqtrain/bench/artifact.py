@@ -1,4 +1,4 @@
-"""A packed artifact beside what else runs the same model on this machine's CPUs: size, load time, memory, speed.
+"""A packed artifact beside what else runs the same model on this machine's CPUs, and on its GPU: size, load time, memory, speed.
 
 The models are students of the shapes of GPT-2 and BART-base at 2-2-8 with random weights; their codes are real, their text is not. Each runtime has a process of its own,
 in whose environment it is installed, which loads the model and then waits; in each round one after the other reads a prompt and writes, at each batch size. A further
@@ -42,6 +42,7 @@ class Runtime(NamedTuple):
     environment: str | None = None  # that has a Python of its own, below ROOT
     imports: str = "dqtrain.artifact.load"  # before memory is looked at: the imports of all runtimes, where they are in one environment
     compiles: bool = False  # C++
+    on_gpu: bool = False
 
     @property
     def missing(self) -> str | None:
@@ -54,11 +55,20 @@ class Runtime(NamedTuple):
         compiler = os.environ.get("CXX", "g++")
         if self.compiles and shutil.which(compiler) is None:
             return f"there is no C++ compiler {compiler}; apt-get install g++, or dnf install gcc-c++"
+        if self.on_gpu:
+            import torch
+
+            if not torch.cuda.is_available():
+                return f"torch {torch.__version__} sees no GPU here"
         return None
 
 
 def _transformers(folder: Path) -> Write:
     return _generate(_model(folder))
+
+
+def _transformers_on_gpu(folder: Path) -> Write:
+    return _generate(_model(folder).to("cuda"))
 
 
 def _model(folder: Path) -> Any:
@@ -111,11 +121,11 @@ def _torchao(folder: Path) -> Write:
     return _generate(model)
 
 
-def _ours(mode: str) -> Callable[[Path], Write]:
+def _ours(mode: str, device: str = "cpu") -> Callable[[Path], Write]:
     def load(folder: Path) -> Write:
         from dqtrain.artifact.load import load_artifact
 
-        return _generate(load_artifact(folder, mode))
+        return _generate(load_artifact(folder, mode, device))
 
     return load
 
@@ -124,9 +134,9 @@ def _generate(model: Any, cache: Callable[[int], Any] = lambda num_tokens: None)
     import torch
 
     def write(ids: list[list[int]], tokens: int) -> None:
-        read = torch.tensor(ids)
+        read = torch.tensor(ids, device=model.device)
         with torch.no_grad():
-            model.generate(
+            found = model.generate(
                 read,
                 attention_mask=torch.ones_like(read),
                 past_key_values=cache(read.shape[1] + tokens),
@@ -136,6 +146,7 @@ def _generate(model: Any, cache: Callable[[int], Any] = lambda num_tokens: None)
                 num_beams=1,
                 pad_token_id=0,
             )
+        found.cpu()  # a GPU has then written it
 
     return write
 
@@ -226,6 +237,8 @@ RUNTIMES = {
     "vLLM bf16": Runtime("bf16", 2, _vllm, environment=".venv-vllm", imports="vllm"),
     "vLLM 8 bit": Runtime("compressed-tensors 8", 1, _vllm, ("compressed_tensors",), head_bytes=2, environment=".venv-vllm", imports="vllm"),
     "vLLM 4 bit": Runtime("compressed-tensors 4", 0.5, _vllm, ("compressed_tensors",), "vLLM 8 bit", 2, ".venv-vllm", "vllm"),
+    "GPU, transformers bf16": Runtime("bf16", 2, _transformers_on_gpu, on_gpu=True),
+    "GPU, packed, fast": Runtime("packed 2", 0.5, _ours("fast", "cuda"), on_gpu=True),
 }
 
 WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data", ".xml", ".bin"}
@@ -325,7 +338,7 @@ class Table:
             f"{self.shape.title}, 2-2-8, random; {self.threads} threads{versions}",
             f"prompts of {self.prompt} tokens, {self.tokens} written; tokens/s, median of {len(self.read)} interleaved rounds (decode {self.batches[0]}: lowest and "
             f"highest); memory reads {speed / 1e9:.1f} GB/s",
-            f"  {'':21s} {'MB':>7s} {'load s':>7s} {'peak MB':>8s}{heads}  {'range':>13s} {'x fp32':>7s} {'limit':>7s} {'share':>6s}",
+            f"  {'':22s} {'MB':>7s} {'load s':>7s} {'peak MB':>8s}{heads}  {'range':>13s} {'x fp32':>7s} {'limit':>7s} {'share':>6s}",
         ]
         medians = {name: {key: statistics.median(r[key] for r in results) for key in results[0]} for name, results in self.found.items()}
         for name, figures in medians.items():
@@ -333,12 +346,13 @@ class Table:
             size = sum(file.stat().st_size for file in (self.folder / runtime.folder).iterdir() if file.suffix in WEIGHTS)
             head = self.shape.vocabulary * self.shape.width * (runtime.head_bytes or runtime.weight_bytes)
             limit = speed / (self.shape.linears * runtime.weight_bytes + head)
+            share = f" {limit:7.0f} {figures[first] / limit:6.0%}" if not runtime.on_gpu else ""  # it has a memory of its own
             cells = "".join(f" {figures[f'prompt {b}']:9.0f} {figures[f'decode {b}']:9.1f}" for b in self.batches)
             low, high = (end(r[first] for r in self.found[name]) for end in (min, max))
             ratio = f"{figures[first] / medians['transformers fp32'][first]:7.2f}" if "transformers fp32" in medians else f"{'':7s}"
             lines.append(
-                f"  {name:21s} {size / 1e6:7.1f} {self.loaded[name]['load_s']:7.2f} {self.loaded[name]['peak'] / 1e6:8.0f}{cells}  {f'{low:.1f}-{high:.1f}':>13s}"
-                f" {ratio} {limit:7.0f} {figures[first] / limit:6.0%}"
+                f"  {name:22s} {size / 1e6:7.1f} {self.loaded[name]['load_s']:7.2f} {self.loaded[name]['peak'] / 1e6:8.0f}{cells}  {f'{low:.1f}-{high:.1f}':>13s}"
+                f" {ratio}{share}"
             )
         for name, figures in medians.items():
             wider = RUNTIMES[name].wider
@@ -487,7 +501,7 @@ def _child(case: dict[str, Any]) -> None:
         ids = {size: torch.randint(case["vocabulary"], (size, case["prompt"]), generator=draw).tolist() for size in case["batches"]}
         for batch in ids.values():
             write(batch, 2)
-        ready["peak"] = _resident("VmHWM") - before
+        ready["peak"] = torch.cuda.max_memory_allocated() if runtime.on_gpu else _resident("VmHWM") - before
 
         def measure() -> dict[str, Any]:
             figures = {}

@@ -6,7 +6,7 @@ for it: the text of the messages before with the template's generation prompt, w
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,27 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> ChatText:
         return whole, spans
     except DataError:
         raise
-    except Exception as error:  # jinja2's errors, raise_exception of the template, and what its expressions raise
-        raise DataError(f"the chat template of {tokenizer.name_or_path} refuses it ({type(error).__name__}: {error})") from None
+    except Exception as error:
+        raise _refused(tokenizer.name_or_path, error) from None
+
+
+def _refused(name: str, error: Exception) -> DataError:
+    """Of jinja2's errors, `raise_exception` of the template, and what its expressions raise."""
+    return DataError(f"the chat template of {name} refuses it ({type(error).__name__}: {error})")
+
+
+def render_question(template: str, question: str, special: Mapping[str, Any], name: str) -> str:
+    """The text of a chat in which a user asks, up to where the answer begins. `special`: the tokenizer's tokens, such as `eos_token`; `name`: whose template it is.
+
+    Raises DataError for a template that refuses it.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        rendered: Any = render_jinja_template([[{"role": "user", "content": question}]], chat_template=template, add_generation_prompt=True, **special)
+    except Exception as error:
+        raise _refused(name, error) from None
+    return rendered[0][0]
 
 
 def encode_chats(tokenizer: Any, chats: Sequence[ChatText]) -> list[tuple[list[int], np.ndarray]]:

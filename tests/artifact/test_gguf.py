@@ -122,6 +122,18 @@ def test_generate_runs_it(finished):
     assert texts["gguf"] == texts["onnx"] == texts["packed"]  # the words are far enough apart for 8-bit activations of either kind
 
 
+def test_a_run_writes_beside_its_teacher(finished, world, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    run, _ = finished
+    told = []
+    for model in (run.path, run.path / "artifact/packed"):
+        assert main(["generate", str(model), "the cat sees", "--tokens", "4", "--compare"]) == 0
+        prompt, _, headings, _, *rows = capsys.readouterr().out.splitlines()
+        assert prompt == "the cat sees" and headings.split(" | ") == [f"teacher: {world / 'teacher'}".ljust(198), f"student: {model}"]
+        told.append(rows)
+    assert told[0] == told[1] and len(told[0][0].split(" | ")) == 2
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1

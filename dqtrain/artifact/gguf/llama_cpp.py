@@ -19,6 +19,8 @@ from torch import Tensor
 
 from dqtrain.artifact.description import check_if_listed
 from dqtrain.artifact.target import extra
+from dqtrain.artifact.text import Text, require_room
+from dqtrain.data.chat import render_question
 from dqtrain.errors import CheckpointError, ConfigError
 
 LONGEST = 2048
@@ -74,10 +76,12 @@ def _library() -> Any:
         "llama_model_has_encoder": (flag, [pointer]),
         "llama_model_decoder_start_token": (integer, [pointer]),
         "llama_model_n_ctx_train": (integer, [pointer]),
+        "llama_model_chat_template": (text, [pointer, text]),
         "llama_vocab_n_tokens": (integer, [pointer]),
         "llama_vocab_is_eog": (flag, [pointer, integer]),
         "llama_vocab_eos": (integer, [pointer]),
         "llama_vocab_bos": (integer, [pointer]),
+        "llama_vocab_get_text": (text, [pointer, integer]),
         "llama_tokenize": (integer, [pointer, text, integer, tokens, integer, flag, flag]),
         "llama_detokenize": (integer, [pointer, tokens, integer, text, integer, flag, flag]),
         "llama_batch_init": (_Batch, [integer, integer, integer]),
@@ -169,12 +173,12 @@ class LlamaCpp:
             return torch.cat([self._decode([token], place) for place, token in enumerate(ids)])
         return self._decode(ids, 0)
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of a text; with those that the tokenizer puts around it if `special`."""
+    def encode(self, text: str, special: bool = False, parsed: bool = False) -> list[int]:
+        """Token ids of a text; with those that the tokenizer puts around it if `special`, and with those that are written out in it if `parsed`."""
         raw = text.encode()
         room = len(raw) + 8
         ids = (ctypes.c_int32 * room)()
-        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, special, False)
+        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, special, parsed)
         assert count >= 0, "a token is no shorter than a byte"
         return ids[:count]
 
@@ -188,25 +192,30 @@ class LlamaCpp:
                 return text.raw[:count].decode(errors="replace")
             room = -count
 
-    def generate(self, prompt: str, tokens: int) -> str:
-        """The prompt and its greedy continuation of up to `tokens` tokens; of an encoder-decoder what it writes for the prompt. Raises ConfigError for too many."""
-        eos = self._lib.llama_vocab_eos(self._vocab)
-        ids, source = self.encode(prompt), None
+    def generate(self, prompt: str, tokens: int, stream: bool = False) -> str:
+        """The prompt and its greedy continuation of up to `tokens` tokens; of an encoder-decoder what it writes for the prompt; printed as it is written with `stream`.
+
+        Where the file has a chat template the prompt is what a user says, and the answer alone is given. Raises ConfigError for too many tokens, DataError for a
+        template that refuses the prompt.
+        """
+        source, num_hidden = None, 0
+        template = self._lib.llama_model_chat_template(self._model, None)
         if self.has_encoder:
+            eos = self._lib.llama_vocab_eos(self._vocab)
             source = self.encode(prompt, special=True)
             source += [] if source[-1:] == [eos] else [eos]
-            ids = [self._lib.llama_model_decoder_start_token(self._model)]
-        ids = ids or [eos]
-        if len(ids) + tokens > self.longest or len(source or ()) > self.longest:
-            raise ConfigError(
-                f"the prompt has {len(source or ids)} tokens and {tokens} more are asked, but {self.path} has room for {self.longest}; ask for fewer."
-            )
-        written: list[int] = []
-        for token in itertools.islice(self.greedily(ids, source), tokens):
-            if self._lib.llama_vocab_is_eog(self._vocab, token):
-                break
-            written.append(token)
-        return self.decode(written) if self.has_encoder else self.decode([*ids, *written])
+            require_room(self.path, self.longest, 0, len(source))
+            ids, num_hidden = [self._lib.llama_model_decoder_start_token(self._model)], 1
+        elif template is not None:
+            found = {"bos_token": self._lib.llama_vocab_bos(self._vocab), "eos_token": self._lib.llama_vocab_eos(self._vocab)}
+            special = {name: self._lib.llama_vocab_get_text(self._vocab, token).decode() for name, token in found.items() if token >= 0}
+            ids = self.encode(render_question(template.decode(), prompt, special, str(self.path)), parsed=True)
+            num_hidden = len(ids)
+        else:
+            ids = self.encode(prompt) or [self._lib.llama_vocab_eos(self._vocab)]
+        require_room(self.path, self.longest, tokens, 0 if self.has_encoder else len(ids))
+        is_end = functools.partial(self._lib.llama_vocab_is_eog, self._vocab)
+        return Text(self.decode, num_hidden, stream).write(ids, self.greedily(ids, source), tokens, is_end)
 
     def greedily(self, ids: Sequence[int], source: Sequence[int] | None = None) -> Iterator[int]:
         """The likeliest token behind `ids`, the one behind that, and so on without an end."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from dqtrain.data.chat import chat_template
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import ConfigError
 
@@ -60,8 +61,8 @@ def tokenizer_fields(folder: Path, config: PretrainedConfig, writer: Any) -> Non
     unknown = next((i for i, kind in types.items() if kind == _UNKNOWN), None)
     if unknown is not None:
         writer.add_unk_token_id(unknown)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(chat_template(tokenizer))
 
 
 def _unknown(folder: Path, what: str) -> ConfigError:

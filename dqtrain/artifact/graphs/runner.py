@@ -1,17 +1,17 @@
 """Texts that are read and written by programs which run dqtrain's own graphs (`graphs.family`), with the keys and values of what was read."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
 
-from dqtrain.artifact.load import read_prompt
+from dqtrain.artifact.text import Text, read_prompt, require_room
 from dqtrain.data.prepare import encode_sources, load_tokenizer
-from dqtrain.errors import ConfigError
 from dqtrain.models.making import read_model_config
 
 
@@ -50,38 +50,35 @@ class GraphRunner:
         return torch.cat([torch.from_numpy(reading.read([part])[0]) for part in parts])
 
     def generate(self, prompt: str, tokens: int, stream: bool = False) -> str:
-        """The prompt and its greedy continuation of up to `tokens` tokens, as `load.complete` gives it; printed as it is written with `stream`. Raises ConfigError."""
+        """The prompt and its greedy continuation of up to `tokens` tokens, as `load.complete` gives it; printed as it is written with `stream`.
+
+        Raises ConfigError for too many tokens, DataError for a chat template that refuses the prompt.
+        """
         tokenizer, longest = load_tokenizer(self.folder), getattr(self.config, "max_position_embeddings", None)
         file = self.folder / "generation_config.json"
         search: Any = GenerationConfig.from_pretrained(self.folder) if file.is_file() else GenerationConfig.from_model_config(self.config)
-        is_chat, forced = False, None
         if self.encoder is not None:
-            source = encode_sources(tokenizer, [prompt], longest or 2**20, True)
+            require_room(self.folder, longest, tokens)
+            [source] = encode_sources(tokenizer, [prompt], longest or 2**20, True)
             start = getattr(self.config, "decoder_start_token_id", None)
-            ids = [search.decoder_start_token_id if start is None else start]
-            ends, forced, room = [tokenizer.eos_token_id], search.forced_bos_token_id, tokens
-            forced = None if forced == tokenizer.bos_token_id else forced
-            reading = self.start(source)
+            ids, num_hidden = [search.decoder_start_token_id if start is None else start], 1
+            forced = None if search.forced_bos_token_id == tokenizer.bos_token_id else search.forced_bos_token_id
+            following, ends = self.greedily(ids, source, forced), [tokenizer.eos_token_id]
         else:
             ids, is_chat = read_prompt(tokenizer, prompt)
-            ends = search.eos_token_id if isinstance(search.eos_token_id, list) else [search.eos_token_id]
-            reading, room = self.start(), len(ids) + tokens
-        if longest is not None and room > longest:
-            read = "" if self.encoder is not None else f"the prompt has {len(ids)} tokens and "
-            raise ConfigError(f"{read}{tokens} tokens are asked, but {self.folder} has {longest} positions; ask for fewer.")
-        shown = [] if is_chat or self.encoder is not None else ids
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
-        if streamer is not None and shown:
-            streamer.put(torch.tensor(shown))
-        written: list[int] = []
-        while len(written) < tokens and not set(written[-1:]) & set(ends):
-            scores = reading.read([written[-1:] or ids])[0, -1]
-            written.append(int(scores.argmax()) if forced is None or written else forced)
-            if streamer is not None:
-                streamer.put(torch.tensor(written[-1:]))
-        if streamer is not None:
-            streamer.end()
-        return tokenizer.decode([*shown, *written], skip_special_tokens=True)
+            require_room(self.folder, longest, tokens, len(ids))
+            num_hidden = len(ids) if is_chat else 0
+            following, ends = self.greedily(ids), search.eos_token_id if isinstance(search.eos_token_id, list) else [search.eos_token_id]
+        text = Text(functools.partial(tokenizer.decode, skip_special_tokens=True), num_hidden, stream)
+        return text.write(ids, following, tokens, ends.__contains__)
+
+    def greedily(self, ids: Sequence[int], source: Sequence[int] | None = None, forced: int | None = None) -> Iterator[int]:
+        """The likeliest token behind `ids`, or the `forced` one, the likeliest behind that, and so on without an end."""
+        reading, given = self.start(None if source is None else [source]), list(ids)
+        while True:
+            scores = reading.read([given])[0, -1]
+            given, forced = [int(scores.argmax()) if forced is None else forced], None
+            yield given[0]
 
 
 class Reading:
