@@ -46,15 +46,17 @@ WHOLE_BYTES = 2**30
 
 
 @torch.no_grad()
-def verify(trained: PreTrainedModel, folder: Path, packed: Path | None = None, rounded: Collection[str] = ()) -> dict[str, Any]:
-    """Compare a trained (fake-quantized or float) model with what its exported folder loads as; the figures.
+def verify(
+    trained: PreTrainedModel, folder: Path, packed: Path | None = None, rounded: Collection[str] = (), loaded: PreTrainedModel | None = None
+) -> dict[str, Any]:
+    """Compare a trained (fake-quantized or float) model with what its exported folder loads as, which may be `loaded` already; the figures.
 
     Logits are those of the student, or, for a folder whose activations are float, those of its `packed` artifact without activation quantizers. What is `rounded` may
     be the trained values rounded to bf16 once, whose logits are a figure. Raises CheckpointError that names the first other tensor which is not bit-identical to the
     trained grid, or the difference of the logits.
     """
     is_small = float_bytes(trained) <= WHOLE_BYTES
-    loaded = load_any(folder) if is_small else artifact_in_files(folder)
+    loaded = loaded or (load_any if is_small else artifact_in_files)(folder)
     found = dict(loaded.named_parameters())
     num_tensors, num_exact, largest = 0, 0, 0.0
     for name, tensor in served_parameters(trained):
@@ -97,15 +99,16 @@ def verify_packed(trained: PreTrainedModel, folder: Path, held_out: AnyStream | 
     One that is read from its files reads a single text in one pass, as mode `exact`. Raises CheckpointError as `verify`, for bytes that were not foretold, and for logits
     that the cache moves: with float activations at all, with quantized ones by more than twice what their quantization does.
     """
-    figures = verify(trained, folder) | {"bytes": _verify_packed_size(folder, trained)}
     is_small = float_bytes(trained) <= WHOLE_BYTES
+    loaded = (load_artifact if is_small else artifact_in_files)(folder)
+    figures = verify(trained, folder, loaded=loaded) | {"bytes": _verify_packed_size(folder, trained)}
     samples = _samples(held_out, trained.config)[: None if is_small else 1]
     as_trained = _logits(trained, samples)
     about = {"program": "dqtrain", "target_tokens": sum(len(logits) for logits in as_trained), "held_out_text": held_out is not None}
     if not is_small:
-        return figures | {"as_shipped": about | _said(_logits(artifact_in_files(folder), samples), as_trained, samples)}
+        return figures | {"as_shipped": about | _said(_logits(loaded, samples), as_trained, samples)}
     plain, plain_singly = _both_ways(TransformersRunner(load_artifact(folder, "dense")), samples)
-    at_once, singly = _both_ways(TransformersRunner(load_artifact(folder)), samples)
+    at_once, singly = _both_ways(TransformersRunner(loaded), samples)
     figures["float_activations"] = {"one_by_one": _largest(plain_singly, plain)}
     cached = {"relative_l2_one_by_one": _relative_l2(singly, as_trained)}
     noise = {"own_noise": _relative_l2(as_trained, plain)}

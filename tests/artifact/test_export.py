@@ -288,4 +288,4 @@ def test_memory_is_that_of_the_largest_matrix(tmp_path, monkeypatch):
         monkeypatch.setenv(key, value)
     peaks = [measure(run, "packed,hf", ("-c", program))["peak"] for run in (small, large)]
     largest, whole = 4 * 16384 * 1024, 4 * (16384 * 1024 + 1024 * 1024 + 7 * 12 * 1024**2)
-    assert peaks[1] - peaks[0] < 3.5 * largest < 0.6 * whole, [peak / 2**20 for peak in peaks]
+    assert peaks[1] - peaks[0] < 3.75 * largest < 0.6 * whole, [peak / 2**20 for peak in peaks]
