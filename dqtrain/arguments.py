@@ -270,6 +270,7 @@ def _artifacts(commands: Commands) -> None:
         choices=get_args(Export.model_fields["compressed_tensors"].annotation),
         help="program that a directory of compressed-tensors is laid out for (default: the run's)",
     )
+    export.add_argument("--hf", choices=get_args(Export.model_fields["hf"].annotation), help="floats of a Hugging Face directory (default: the run's)")
     export.add_argument("--allow-inexact", action="store_true", help="also where a target cannot hold what was trained; by how much is said")
     _side_job(export)
     weights = _command(

@@ -62,7 +62,7 @@ def build(config: RunConfig, run: RunDir, world: World) -> Trainer:
     loaded = load_tokenizer(tokenizer)
     goes_on = on_rank_0(world, lambda: run.has_checkpoint)
     student, coverage, maps, weights = student_model(config, len(loaded), loaded.eos_token_id, world, goes_on)
-    for lines in check_targets(config, config.export, student.config, coverage, tokenizer).values():
+    for lines in check_targets(config, config.export, student, coverage, tokenizer).values():
         for line in lines:
             metrics.say(line)
     quarantine = functools.partial(_quarantined, run, world.rank) if config.data.quarantine else None

@@ -130,7 +130,7 @@ def _words(args: argparse.Namespace, *names: str) -> list[str]:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of `dqtrain export` say instead of a run's config, but the targets."""
-    given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "allow_inexact": args.allow_inexact or None}
+    given = {"gguf": args.gguf, "compressed_tensors": args.compressed_tensors, "hf": args.hf, "allow_inexact": args.allow_inexact or None}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -139,7 +139,7 @@ def _export_options(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[st
     for run in runs:
         _asked(run, args.to, _given(args))
     given = [word for target in args.to or () for word in ("--to", target)]
-    return [*given, *_words(args, "gguf", "compressed_tensors"), *(["--allow-inexact"] if args.allow_inexact else [])]
+    return [*given, *_words(args, "gguf", "compressed_tensors", "hf"), *(["--allow-inexact"] if args.allow_inexact else [])]
 
 
 def _targets(to: Sequence[str] | None) -> tuple[str, ...]:
@@ -358,11 +358,11 @@ def _look(args: argparse.Namespace) -> int:
 def _export(run: RunDir, to: Sequence[str] | None, given: dict[str, Any]) -> int:
     """Write a finished run's artifacts, as its config says but for what is given; prints one JSON object."""
     asked = _asked(run, to, given)
-    from dqtrain.artifact.export import RUNTIMES, export
+    from dqtrain.artifact.export import export
     from dqtrain.artifact.load import chosen_checkpoint
     from dqtrain.build import held_out_text
 
-    held_out = held_out_text(run) if RUNTIMES.keys() & set(asked.targets or ()) else None
+    held_out = held_out_text(run) if run.load_config().quant is not None else None
     print(json.dumps(export(run, chosen_checkpoint(run), asked, held_out), indent=1))
     return 0
 

@@ -556,8 +556,10 @@ class Export(Block):
     """Blocks of ternary weights in a GGUF file: TQ1_0, 1.7 bits each, or TQ2_0, 2.1 bits, which llama.cpp runs faster."""
     compressed_tensors: Literal["transformers", "vllm"] = "transformers"
     """Which program a directory of compressed-tensors is laid out for; each reads some of what the other does not."""
+    hf: Literal["fp32", "bf16"] = "fp32"
+    """Floats of a Hugging Face directory; bf16 takes half the bytes and holds 1-bit and ternary matrices, 2-bit `lsq` and `vectors: bf16` exactly."""
     allow_inexact: bool = False
-    """Whether a target may hold a student otherwise than it was trained (GGUF: fp32 scales rounded to fp16; compressed-tensors: activations that its program does not run as floats;
+    """Whether a target may hold a student otherwise than it was trained (GGUF: fp32 scales rounded to fp16; hf: values rounded to bf16; compressed-tensors: activations that its program does not run as floats;
     all: weights that they have no codes for as floats), or be noisier."""
 
 

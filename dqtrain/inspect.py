@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
+from dqtrain.artifact import hf
 from dqtrain.artifact.export import RUNTIMES
 from dqtrain.artifact.size import MIB, FloatPart, artifact_bytes, export_about, float_part, num_elements, paper_bytes
 from dqtrain.config import ActivationQuant, Bits, Export, Quant, WeightQuant, load_config
@@ -460,9 +461,12 @@ def inspect(
 def targets(source: Source, columns: list[Column], asked: Export) -> dict[str, list[str]]:
     """What the other targets of a config hold of each way: by its label, one line for each thing to know. Raises ConfigError for a model that one does not run."""
     found: dict[str, list[str]] = {column.label: [] for column in columns}
-    for target in [target for target in asked.targets or () if target in RUNTIMES]:
+    for target in asked.targets or ():
         for column in columns:
-            found[column.label] += RUNTIMES[target].describe(column.quant, source.model.config, column.coverage, column.floats.shapes, asked)
+            if target == "hf":
+                found[column.label] += hf.describe(column.coverage, column.floats, asked)
+            elif target in RUNTIMES:
+                found[column.label] += RUNTIMES[target].describe(column.quant, source.model.config, column.coverage, column.floats.shapes, asked)
     return {label: lines for label, lines in found.items() if lines}
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dqtrain.artifact.description import read
+from dqtrain.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,17 @@ def test_export_again_gives_the_same_bytes(chain):
     code, output = run.dqtrain("export", str(run.path))
     assert code == 0 and json.loads(output)["parity"]["relative_logit_difference"] == 0.0
     assert (run.path / "artifact/packed/model.safetensors").read_bytes() == before
+
+
+def test_a_float_student_in_bf16(chain, capsys):
+    run, _ = chain
+    asked = ["export", str(run.path), "--to", "hf", "--hf", "bf16"]
+    assert main(asked) == 2 and "hf cannot hold transformer.wte.weight, transformer.wpe.weight, " in capsys.readouterr().err
+    assert main([*asked, "--allow-inexact"]) == 0
+    found = json.loads(capsys.readouterr().out)["parity"]
+    assert found["tensors_bit_identical"] < found["tensors_rounded_to_bf16"] and 0 < found["largest_relative_difference"] <= 2**-8
+    assert main(["export", str(run.path)]) == 0  # as other tests have it
+    assert json.loads(capsys.readouterr().out)["parity"]["relative_logit_difference"] == 0.0
 
 
 def test_generate(chain):

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported folder, with the front matter that the Hub reads. Of one checkpoint it is the same text each time."""
+"""The model card: README.md of an exported folder, with the front matter that the Hub reads. Of one checkpoint it is the same text each time, but for times of kernels."""
 
 import json
 import shutil
@@ -60,6 +60,7 @@ def write_card(run: RunDir, target: Target, folder: Path, figures: Mapping[str, 
         "## Proof",
         "This folder against the student as it was trained, measured when it was exported.",
         _table("figure", figures["parity"]),
+        *(["\n".join(f"- {note}" for note in figures["notes"])] if figures["notes"] else []),
         "## Recipe",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
         *([] if coverage is None else [f"```\n{coverage.table()}\n```"]),

@@ -7,6 +7,7 @@
 ...
 "settings": what weights have in common: kind, quantizer, input_quantizer, or reason why they are float; what is null is left out
 "coverage": [name, shape, place in the settings] of each parameter of two dimensions or more
+"parity": figures of the proof, each as wide as any, so that they change no size; null before there is one
 "xxh3_128": "..."
 }
 
@@ -14,7 +15,7 @@ A list of another program's folder has "format" and "files", as "weights" are he
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ FORMAT = 4
 LIST_FORMAT = 2
 LIST = "files.json"
 """The list in a folder of floats or of GGUF files, whose own formats have no place for one."""
+
+PARITY = ("tensors_bit_identical", "relative_logit_difference", "relative_l2_to_trained", "top1_agreement", "kl_nats", "perplexity", "perplexity_trained")
+"""Figures of the proof that artifact.json has."""
 
 _SEAL = '"xxh3_128": "'
 _ROW = {"kind": None, "quantizer": None, "input_quantizer": None, "reason": None}
@@ -45,7 +49,19 @@ def describe(files: Mapping[str, tuple[int, str]], fp32_bytes: int, about: Mappi
         coverage.append([row["name"], row["shape"], settings.index(setting)])
     rest = {key: value for key, value in about.items() if key != "coverage"}
     content = {"format": FORMAT, "weights": weights, "sizes": sizes, **rest, "settings": settings, "coverage": coverage}
-    return sealed([f'"{key}": {_a_line_each(value) if key in ("settings", "coverage") else json.dumps(value)}' for key, value in content.items()])
+    lines: dict[str, Callable[[Any], str]] = {"settings": _a_line_each, "coverage": _a_line_each, "parity": _in_equal_width}
+    return sealed([f'"{key}": {lines.get(key, json.dumps)(value)}' for key, value in content.items()])
+
+
+def with_parity(text: str, figures: Mapping[str, float]) -> str:
+    """An artifact.json with these figures of PARITY, in place of what stood there; as long as it was."""
+    lines = text.rpartition(_SEAL)[0].removeprefix("{\n").removesuffix(",\n").split(",\n")
+    return sealed([f'"parity": {_in_equal_width(figures)}' if line.startswith('"parity": ') else line for line in lines])
+
+
+def _in_equal_width(figures: Mapping[str, float | None]) -> str:
+    """Numbers of four digits, at least 0."""
+    return "{" + ", ".join(f'"{name}": {"null" if value is None else f"{value:.3e}":>10}' for name, value in figures.items()) + "}"
 
 
 def _entry(size: int, hash: str) -> dict[str, Any]:

@@ -1,37 +1,32 @@
 """A finished run's checkpoint -> verified artifacts: packed codes of a quantized student and what is made of them, a Hugging Face directory of a float one."""
 
-import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedModel
 
-from dqtrain.artifact import format, parity
+from dqtrain.artifact import format, hf, kernels, parity
 from dqtrain.artifact.card import size_of, write_card
 from dqtrain.artifact.compressed.target import CompressedTarget
-from dqtrain.artifact.description import LIST, write_list
+from dqtrain.artifact.description import PARITY
 from dqtrain.artifact.gguf.target import GgufTarget
 from dqtrain.artifact.load import trained_in_files
 from dqtrain.artifact.onnx.target import OnnxTarget
 from dqtrain.artifact.openvino.target import OpenVinoTarget
 from dqtrain.artifact.pretrained import name_in_config
-from dqtrain.artifact.size import export_about
+from dqtrain.artifact.size import export_about, float_part
 from dqtrain.artifact.target import RuntimeTarget
-from dqtrain.config import Export, RunConfig, Target
+from dqtrain.config import Export, Quant, RunConfig, Target
 from dqtrain.data.stream import AnyStream
 from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.files import sync_path, write_text
-from dqtrain.models.making import meta_model, read_model_config
-from dqtrain.quant.modules import Coverage, float_bytes, is_learned_scale, latent_heads, served_parameters
+from dqtrain.models.making import meta_model
+from dqtrain.quant.modules import Coverage, float_bytes
 from dqtrain.rundir import RunDir
-from dqtrain.tensor_file import write_model_files
 
 RUNTIMES: dict[Target, type[RuntimeTarget]] = {
     "gguf": GgufTarget,
@@ -53,27 +48,30 @@ def export(
     """Write, verify and only then publish the artifacts of a checkpoint folder: of each target path, sizes and parity, the first one's outside `others`.
 
     `asked`: which targets and how (default: what the run's config says). All of a quantized student are made of the codes of its packed
-    artifact, which is written first unless it is there, and no weight but the one at work is in memory. A runtime is compared on `held_out` text. `scores`
+    artifact, which is written first unless it is there, and no weight but the one at work is in memory. A quantized student's artifacts are compared on `held_out` text. `scores`
     are for the model cards: step and test (default: those of result.json). `say` is given a line for each artifact that is there. Raises ConfigError for what a target cannot hold, CheckpointError when one
     cannot be written or does not compute what was trained; an older artifact then stays.
     """
     config = run.load_config()
     asked = asked or config.export
     targets = targets_of(config, asked)
-    about = check_targets(config, asked, read_model_config(run.student), _coverage(run) if config.quant else None, run.student)
     model = trained_in_files(run, folder)
+    about = check_targets(config, asked, model, _coverage(run) if config.quant else None, run.student)
     scores = scores or run.load_result()
     first: Target = "hf" if config.quant is None else "packed"
     results: dict[Target, dict[str, Any]] = {}
     if first in targets or not _is_packed(run, folder):
-        results[first] = _hf(run, model, scores) if config.quant is None else _packed(run, model, folder, config, scores)
+        results[first] = _hf(run, model, asked, scores, about["hf"]) if config.quant is None else _packed(run, model, folder, config.quant, held_out, scores)
     for target in targets:
         if target in RUNTIMES:
-            results[target] = _for_runtime(target, run, model, asked, held_out, scores) | {"notes": about[target]}
+            results[target] = _for_runtime(target, run, model, asked, held_out, scores, about[target])
         elif target not in results:
-            results[target] = _hf(run, model, scores)
-    for figures in results.values():
+            results[target] = _hf(run, model, asked, scores, about[target])
+    for target, figures in results.items():
         say(f"{figures['path']}: {size_of(figures)}")
+        for line in figures["notes"]:
+            if line not in about[target]:  # which was said before training
+                say(line)
     last = targets[0] if first not in results else first
     return results.pop(last) | ({"others": results} if results else {})
 
@@ -87,13 +85,15 @@ def targets_of(config: RunConfig, asked: Export) -> tuple[Target, ...]:
     return asked.targets or ("hf" if config.quant is None else "packed",)
 
 
-def check_targets(config: RunConfig, asked: Export, model: PretrainedConfig, coverage: Coverage | None, tokenizer: Path) -> dict[Target, list[str]]:
-    """What a person should know about targets before training: lines by target. Raises ConfigError for one that cannot hold the student as it is trained."""
+def check_targets(config: RunConfig, asked: Export, model: PreTrainedModel, coverage: Coverage | None, tokenizer: Path) -> dict[Target, list[str]]:
+    """What a person should know about targets before a student, whose modules are quantized, is trained: lines by target. Raises ConfigError for one that cannot hold the student as it is trained."""
     found = {}
     for target in targets_of(config, asked):
         if target in RUNTIMES:
             assert coverage is not None and config.quant is not None, "a float student has no such target"
-            found[target] = RUNTIMES[target].check(config.quant, model, coverage, tokenizer, asked)
+            found[target] = RUNTIMES[target].check(config.quant, model.config, coverage, tokenizer, asked)
+        elif target == "hf":
+            found[target] = hf.check(coverage, float_part(model), asked)
     return found
 
 
@@ -137,9 +137,12 @@ def _published(run: RunDir, target: Target) -> Iterator[Path]:
         ) from None
 
 
-def _figures(run: RunDir, target: Target, model: PreTrainedModel, folder: Path, size: int, found: dict[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
+def _figures(
+    run: RunDir, target: Target, model: PreTrainedModel, folder: Path, size: int, found: dict[str, Any], scores: Mapping[str, Any], notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """What is known of a target, which is left in its folder too: parity.json, and README.md for people."""
-    figures = {"path": str(run.artifact(target)), "bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size, "parity": found}
+    sizes = {"bytes": size, "fp32_bytes": float_bytes(model), "ratio": float_bytes(model) / size}
+    figures = {"path": str(run.artifact(target)), **sizes, "parity": found, "notes": list(notes)}
     write_text(folder / "parity.json", json.dumps(found, indent=1))
     write_card(run, target, folder, figures, scores, model.config.is_encoder_decoder)
     return figures
@@ -149,48 +152,42 @@ def _weights_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
 
 
-def _packed(run: RunDir, model: PreTrainedModel, folder: Path, config: RunConfig, scores: Mapping[str, Any]) -> dict[str, Any]:
-    assert config.quant is not None
+def _packed(run: RunDir, model: PreTrainedModel, folder: Path, quant: Quant, held_out: AnyStream | None, scores: Mapping[str, Any]) -> dict[str, Any]:
     with _published(run, "packed") as partial:
         _copy_student(run, partial)
-        format.write(model, partial, export_about(_coverage(run), config.quant, folder.name))
+        format.write(model, partial, export_about(_coverage(run), quant, folder.name))
         name_in_config(partial, type(meta_model(run.student)).__name__)
-        return _figures(run, "packed", model, partial, _weights_bytes(partial), parity.verify(model, partial), scores)
+        found = parity.verify_packed(model, partial, held_out)
+        format.add_parity(partial, {name: (found | found["as_shipped"])[name] for name in PARITY})
+        return _figures(run, "packed", model, partial, _weights_bytes(partial), found, scores)
 
 
-def _hf(run: RunDir, model: PreTrainedModel, scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Floats that transformers loads without dqtrain: what forward computed with. Quantized activations become floats."""
-    packed = run.artifact("packed") if run.load_config().quant is not None else None
-    plain = meta_model(run.student)
-    buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not isinstance(tensor, nn.Parameter)}
-
-    def original(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """One of our model's tensors as its family's files have it: experts one by one."""
-        return revert_weight_conversion(plain, {name: tensor})
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, value in itertools.chain(served_parameters(model), buffers.items()):
-            if not is_learned_scale(name):
-                yield from original(name, value).items()
-
-    shapes = [*model.named_parameters(), *latent_heads(model), *buffers.items()]
-    stored = [pair for name, tensor in shapes if not is_learned_scale(name) for pair in original(name, torch.empty_like(tensor, device="meta")).items()]
+def _hf(run: RunDir, model: PreTrainedModel, asked: Export, scores: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    config = run.load_config()
+    packed = run.artifact("packed") if config.quant is not None else None
+    rounded = hf.rounded(_coverage(run) if config.quant else None, float_part(model), asked)
     with _published(run, "hf") as partial:
         _copy_student(run, partial)
-        config = json.loads((partial / "config.json").read_text()) | {"architectures": [type(plain).__name__], "dtype": "float32"}
-        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        write_model_files(partial, {name: (tensor.dtype, tensor.shape) for name, tensor in stored}, tensors())
-        write_list(partial / LIST)
-        return _figures(run, "hf", model, partial, _weights_bytes(partial), parity.verify(model, partial, packed), scores)
+        hf.write(model, partial, asked)
+        found = parity.verify(model, partial, packed, rounded)
+        return _figures(run, "hf", model, partial, _weights_bytes(partial), found, scores, notes)
 
 
-def _for_runtime(name: Target, run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None, scores: Mapping[str, Any]) -> dict[str, Any]:
+def _for_runtime(
+    name: Target, run: RunDir, model: PreTrainedModel, asked: Export, held_out: AnyStream | None, scores: Mapping[str, Any], notes: list[str]
+) -> dict[str, Any]:
     packed = run.artifact("packed")
     with _published(run, name) as partial, format.PackedTensors(packed, format.read_description(packed)) as tensors:
         target = RUNTIMES[name](tensors, model.config, asked)
         target.write(partial)
         found = parity.verify_target(model, packed, partial, target, held_out, asked.allow_inexact)
-        return _figures(run, name, model, partial, found["bytes"]["file"], found, scores)
+        if target.has_kernels and float_bytes(model) <= parity.WHOLE_BYTES:
+            sibling = RUNTIMES[name](kernels.Widened(tensors), model.config, asked)
+            found["kernels"] = kernels.measure(target, partial, sibling, model.config)
+            notes = [*notes, *kernels.slower(target.program, found["kernels"])]
+        elif target.has_kernels:
+            found["kernels"] = {"not_measured": f"the student takes more than {parity.WHOLE_BYTES:,} bytes as floats"}
+        return _figures(run, name, model, partial, found["bytes"]["file"], found, scores, notes)
 
 
 def _copy_student(run: RunDir, folder: Path) -> None:

@@ -5,8 +5,8 @@
                         NAME.zero_point  codes, int8, of the affine grids
                         NAME             what stays float, fp32, or bf16 where training rounded it; buffers that are not zero
                         over 5 GB in parts and with an index, as transformers names them
-    artifact.json       format version, bytes and hashes of the files above, shape and grid of every matrix, sizes, a hash of itself (`description`)
-    parity.json         what `parity.verify` found before the artifact was published
+    artifact.json       format version, bytes and hashes of the files above, shape and grid of every matrix, sizes, figures of the proof, a hash of itself (`description`)
+    parity.json         all that `parity.verify_packed` found before the artifact was published
     README.md           the model card (`card`)
     config.json         as transformers writes it, and a quantization_config that names dqtrain (`pretrained`)
     tokenizer files     as transformers writes them
@@ -17,7 +17,7 @@ it would draw random weights for names that it misses.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,12 @@ def write(model: PreTrainedModel, folder: Path, about: dict[str, Any]) -> None:
     layout = layout_of(Coverage.from_json(json.dumps(about["coverage"])), float_part(model))
     files = write_model_files(folder, layout, _tensors(model, layout))
     write_text(folder / "artifact.json", description.describe(files, float_bytes(model), about))
+
+
+def add_parity(folder: Path, figures: Mapping[str, float]) -> None:
+    """Write figures of `description.PARITY` into the artifact.json of an artifact that was proven. Raises OSError."""
+    path = folder / "artifact.json"
+    write_text(path, description.with_parity(path.read_text(), figures))
 
 
 def _tensors(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[str, Tensor]]:

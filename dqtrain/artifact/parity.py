@@ -8,7 +8,7 @@ the student's own 8-bit activations are.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dqtrain.artifact.compressed.load import TransformersRunner
 from dqtrain.artifact.format import read_description
 from dqtrain.artifact.load import artifact_in_files, free_memory, load_any, load_artifact
-from dqtrain.artifact.size import float_part
+from dqtrain.artifact.size import artifact_bytes, float_part
 from dqtrain.artifact.target import Runner, RuntimeTarget
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.data.stream import IGNORED, AnyStream
-from dqtrain.errors import CheckpointError
+from dqtrain.errors import CheckpointError, ConfigError
 from dqtrain.models.language import Inputs, LanguageModel
 from dqtrain.quant.activation import ActivationQuantizer
+from dqtrain.quant.grid import round_to_bf16
 from dqtrain.quant.modules import Coverage, float_bytes, is_learned_scale, quantize_activations, served_parameters, values_of
 
 LOGITS_TOLERANCE = 1e-5
@@ -44,26 +46,31 @@ WHOLE_BYTES = 2**30
 
 
 @torch.no_grad()
-def verify(trained: PreTrainedModel, folder: Path, packed: Path | None = None) -> dict[str, Any]:
-    """Compare a trained (fake-quantized or float) model with what its exported folder loads as; the figures.
+def verify(
+    trained: PreTrainedModel, folder: Path, packed: Path | None = None, rounded: Collection[str] = (), loaded: PreTrainedModel | None = None
+) -> dict[str, Any]:
+    """Compare a trained (fake-quantized or float) model with what its exported folder loads as, which may be `loaded` already; the figures.
 
-    Logits are those of the student, or, for a folder whose activations are float, those of its `packed` artifact without activation quantizers. Raises
-    CheckpointError that names the first tensor which is not bit-identical to the trained grid, or the difference of the logits.
+    Logits are those of the student, or, for a folder whose activations are float, those of its `packed` artifact without activation quantizers. What is `rounded` may
+    be the trained values rounded to bf16 once, whose logits are a figure. Raises CheckpointError that names the first other tensor which is not bit-identical to the
+    trained grid, or the difference of the logits.
     """
     is_small = float_bytes(trained) <= WHOLE_BYTES
-    loaded = load_any(folder) if is_small else artifact_in_files(folder)
+    loaded = loaded or (load_any if is_small else artifact_in_files)(folder)
     found = dict(loaded.named_parameters())
-    num_tensors = 0
+    num_tensors, num_exact, largest = 0, 0, 0.0
     for name, tensor in served_parameters(trained):
         if packed is not None and is_learned_scale(name):
             continue  # of activations, which stay float there
         num_tensors += 1
         value = values_of(found[name]) if name in found else torch.tensor(torch.nan)
-        if not torch.equal(value, tensor):
-            difference = (value - tensor).abs().max().item()
+        difference = 0.0 if (is_exact := torch.equal(value, tensor)) else (value - tensor).abs().max().item()
+        if not is_exact and not (name in rounded and torch.equal(value, round_to_bf16(tensor))):
             raise CheckpointError(
                 f"{folder}: {name} is not what was trained (largest difference {difference}); do not use this artifact, and report this as a bug."
             )
+        num_exact += is_exact
+        largest = max(largest, difference and difference / tensor.abs().max().item())
         del value, tensor  # before the next ones are made
     vocab_size = trained.config.vocab_size
     tokens = min(32, getattr(trained.config, "max_position_embeddings", 32))
@@ -73,15 +80,66 @@ def verify(trained: PreTrainedModel, folder: Path, packed: Path | None = None) -
     reference = trained if packed is None else (load_artifact if is_small else artifact_in_files)(packed, "dense")
     ours, theirs = LanguageModel(reference.eval()).logits(inputs), LanguageModel(loaded).logits(inputs)
     difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
-    if not difference <= LOGITS_TOLERANCE:
+    if not difference <= (math.inf if largest else LOGITS_TOLERANCE):  # NaN is never allowed
         raise CheckpointError(
             f"{folder}: its logits differ from the trained model's by {difference:.1e} of the largest, more than {LOGITS_TOLERANCE:.0e}. Report this as a bug."
         )
     return {
-        "tensors_bit_identical": num_tensors,
+        "tensors_bit_identical": num_exact,
+        **({"tensors_rounded_to_bf16": num_tensors - num_exact, "largest_relative_difference": largest} if rounded else {}),
         "relative_logit_difference": difference,
         "top1_agreement": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
     }
+
+
+@torch.no_grad()
+def verify_packed(trained: PreTrainedModel, folder: Path, held_out: AnyStream | None) -> dict[str, Any]:
+    """`verify` of a packed artifact, and what it says of held-out text, in one pass and token by token with its cache, in each mode, and its bytes; the figures.
+
+    One that is read from its files reads a single text in one pass, as mode `exact`. Raises CheckpointError as `verify`, for bytes that were not foretold, and for logits
+    that the cache moves: with float activations at all, with quantized ones by more than twice what their quantization does.
+    """
+    is_small = float_bytes(trained) <= WHOLE_BYTES
+    loaded = (load_artifact if is_small else artifact_in_files)(folder)
+    figures = verify(trained, folder, loaded=loaded) | {"bytes": _verify_packed_size(folder, trained)}
+    samples = _samples(held_out, trained.config)[: None if is_small else 1]
+    as_trained = _logits(trained, samples)
+    about = {"program": "dqtrain", "target_tokens": sum(len(logits) for logits in as_trained), "held_out_text": held_out is not None}
+    if not is_small:
+        return figures | {"as_shipped": about | _said(_logits(loaded, samples), as_trained, samples)}
+    plain, plain_singly = _both_ways(TransformersRunner(load_artifact(folder, "dense")), samples)
+    at_once, singly = _both_ways(TransformersRunner(loaded), samples)
+    figures["float_activations"] = {"one_by_one": _largest(plain_singly, plain)}
+    cached = {"relative_l2_one_by_one": _relative_l2(singly, as_trained)}
+    noise = {"own_noise": _relative_l2(as_trained, plain)}
+    figures["as_shipped"] = about | noise | _said(at_once, as_trained, samples) | cached
+    allowed = max(LOGITS_TOLERANCE, TIMES_OWN_NOISE * noise["own_noise"])
+    for mode, most, found in (
+        ("dense", LOGITS_TOLERANCE, figures["float_activations"]["one_by_one"]),
+        ("exact", allowed, cached["relative_l2_one_by_one"]),
+        ("exact", allowed, figures["as_shipped"]["relative_l2_to_trained"]),
+    ):
+        if not found <= most:
+            raise CheckpointError(
+                f"{folder}: in mode {mode} it says something else of held-out text (logits differ by {found:.1e}, more than {most:.0e}). Report this as a bug."
+            )
+    try:
+        fast = TransformersRunner(load_artifact(folder, "fast"))
+        figures["fast"] = _said([sample.through(fast) for sample in samples], as_trained, samples)
+    except ConfigError as error:  # what no kernel has
+        figures["fast"] = {"not_measured": str(error)}
+    return figures
+
+
+def _verify_packed_size(folder: Path, trained: PreTrainedModel) -> dict[str, int]:
+    """Bytes of all files that hold the model against those that shapes alone foretell."""
+    about = read_description(folder)
+    sizes = {name: (folder / name).stat().st_size for name in (*about["weights"], "artifact.json")}
+    settings = {key: value for key, value in about.items() if key not in ("format", "weights", "sizes", "xxh3_128")}
+    foretold = artifact_bytes(Coverage.from_json(json.dumps(about["coverage"])), float_part(trained), settings)
+    if (found := sum(sizes.values())) != foretold.total:
+        raise CheckpointError(f"{folder}: its files take {found} bytes, but {foretold.total} were foretold. Report this as a bug.")
+    return {"file": found, "artifact.json": sizes["artifact.json"]}
 
 
 class _Sample(NamedTuple):
@@ -155,8 +213,7 @@ def verify_target(
     # The program will load the model whole, too: many texts are read, for each of which the files would be read once.
     load = load_artifact if 2 * float_bytes(trained) <= free_memory() else artifact_in_files
     plain, noisy, as_trained = (  # one model at a time
-        [sample.of(model) for model in (LanguageModel(make()),) for sample in samples]
-        for make in (lambda: load(packed, "dense"), lambda: _with_8_bit_inputs(load, packed, about), lambda: load(packed, "exact"))
+        _logits(make(), samples) for make in (lambda: load(packed, "dense"), lambda: _with_8_bit_inputs(load, packed, about), lambda: load(packed, "exact"))
     )
     noise = _relative_l2(noisy, plain)
     with target.with_float_activations(folder, longest) as runner:
@@ -171,11 +228,7 @@ def verify_target(
         "own_8_bit_noise": noise,
         "relative_l2": _relative_l2(at_once, plain),
         "relative_l2_one_by_one": _relative_l2(singly, plain),
-        "relative_l2_to_trained": _relative_l2(at_once, as_trained),
-        "top1_agreement": _mean([(ours.argmax(-1) == theirs.argmax(-1)).float() for ours, theirs in zip(at_once, as_trained, strict=True)]),
-        "kl_nats": _mean([_kl(ours, theirs) for ours, theirs in zip(as_trained, at_once, strict=True)]),
-        "perplexity": _perplexity(at_once, samples),
-        "perplexity_trained": _perplexity(as_trained, samples),
+        **_said(at_once, as_trained, samples),
     }
     figures["as_shipped"] = shipped
     rounded = figures["weights"]["largest_relative_difference"] > 0  # as was allowed
@@ -195,6 +248,24 @@ def verify_target(
             )
     figures["bytes"] = _verify_size(folder, target, trained)
     return figures
+
+
+def _logits(model: PreTrainedModel, samples: list[_Sample]) -> list[Tensor]:
+    """A model's logits at the targets of all samples."""
+    reads = LanguageModel(model.eval())
+    return [sample.of(reads) for sample in samples]
+
+
+def _said(found: list[Tensor], trained: list[Tensor], samples: list[_Sample]) -> dict[str, float]:
+    """What logits at the targets are to those of the student as it was trained."""
+    pairs = list(zip(found, trained, strict=True))
+    return {
+        "relative_l2_to_trained": _relative_l2(found, trained),
+        "top1_agreement": _mean([(ours.argmax(-1) == theirs.argmax(-1)).float() for ours, theirs in pairs]),
+        "kl_nats": _mean([_kl(theirs, ours) for ours, theirs in pairs]),
+        "perplexity": _perplexity(found, samples),
+        "perplexity_trained": _perplexity(trained, samples),
+    }
 
 
 def _both_ways(runner: Runner, samples: list[_Sample]) -> tuple[list[Tensor], list[Tensor]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dqtrain.artifact.description import describe
+from dqtrain.artifact.description import PARITY, describe
 from dqtrain.config import Quant
 from dqtrain.quant.modules import Coverage, is_learned_scale, latent_heads, quantized_parameters, rounded_parameters
 from dqtrain.quant.pack import packed_bytes
@@ -129,4 +129,4 @@ def artifact_bytes(coverage: Coverage, floats: FloatPart, about: dict[str, Any])
 def export_about(coverage: Coverage, quant: Quant, checkpoint: str = "step-000000000") -> dict[str, Any]:
     """What artifact.json says besides; without a checkpoint, of one whose name is as long."""
     activations = quant.activations and quant.activations.model_dump()
-    return {"activations": activations, "checkpoint": checkpoint, "coverage": json.loads(coverage.to_json())}
+    return {"activations": activations, "checkpoint": checkpoint, "parity": dict.fromkeys(PARITY), "coverage": json.loads(coverage.to_json())}

@@ -60,6 +60,11 @@ class RuntimeTarget(Protocol):
         """What holds each quantized weight, in the program's words."""
         ...
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the program multiplies by codes, in kernels of its own for each width."""
+        ...
+
     def write(self, folder: Path) -> None:
         """Write its files into an existing folder, tensor by tensor, of codes. Raises ConfigError for what it cannot hold, OSError."""
         ...

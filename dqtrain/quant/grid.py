@@ -399,6 +399,12 @@ class WeightQuantizer:
         return isinstance(GRIDS[self.grid], MinMaxAffine)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The smaller of bf16 and fp32 that holds its values: a snapped scale has the 8 significant bits of bf16, so that its multiples by up to 2, a power, have them too."""
+        low, high = self.levels.integers
+        return torch.bfloat16 if self.portable and not self.has_zero_points and max(-low, high) <= 2 else torch.float32
+
+    @property
     def blocks(self) -> Blocks:
         """What shares a scale."""
         return Blocks(self.granularity, self.row_axis, self.group_size)

@@ -1,6 +1,7 @@
 """`export` of a run's checkpoint: as in memory, within bounds of memory, and with a card."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,20 +9,22 @@ import torch
 import yaml
 from families import FAMILIES
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dqtrain import tensor_file
-from dqtrain.artifact import format, parity
-from dqtrain.artifact.export import export
+from dqtrain.artifact import format, hf, parity
+from dqtrain.artifact.description import LIST, PARITY, write_list
+from dqtrain.artifact.export import check_targets, export
 from dqtrain.artifact.load import chosen_checkpoint, load_artifact, trained_model
+from dqtrain.artifact.size import artifact_bytes, export_about, float_part
 from dqtrain.bench.export import SMALL, gpt2, measure, write_run
 from dqtrain.bench.sharding import FREED
 from dqtrain.cli import main
-from dqtrain.config import Export
-from dqtrain.errors import CheckpointError
-from dqtrain.models.making import load_model
-from dqtrain.quant.modules import served_parameters
+from dqtrain.config import Export, Quant, load_config
+from dqtrain.errors import CheckpointError, ConfigError
+from dqtrain.models.making import load_model, meta_model
+from dqtrain.quant.modules import Coverage, quantize_model, served_parameters
 
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A teacher\n"
 
@@ -53,7 +56,7 @@ def test_it_is_what_is_written_of_the_model_in_memory(run, exported, tmp_path):
     assert found["parity"]["relative_logit_difference"] == found["others"]["hf"]["parity"]["relative_logit_difference"] == 0.0
     model = trained_model(run, chosen_checkpoint(run))
     about = format.read_description(run.artifact("packed"))
-    format.write(model, tmp_path, {key: about[key] for key in ("activations", "checkpoint", "coverage")})
+    format.write(model, tmp_path, {key: about[key] for key in ("activations", "checkpoint", "parity", "coverage")})
     assert all((tmp_path / name).read_bytes() == files["packed"][name] for name in ("model.safetensors", "artifact.json"))
     served, plain = dict(served_parameters(model)), load_model(run.artifact("hf"))
     assert all(torch.equal(value, served[name]) for name, value in plain.named_parameters())
@@ -62,8 +65,30 @@ def test_it_is_what_is_written_of_the_model_in_memory(run, exported, tmp_path):
 
 
 def test_exported_whole_and_again_it_is_the_same(run, exported):
-    export(run, chosen_checkpoint(run), Export(targets=("packed", "hf")))
-    assert {target: files_of(run.artifact(target)) for target in ("packed", "hf")} == exported[1]
+    files = []
+    for _ in range(2):
+        export(run, chosen_checkpoint(run), Export(targets=("packed", "hf")))
+        files.append({target: files_of(run.artifact(target)) for target in ("packed", "hf")})
+    assert files[0] == files[1] and files[0]["hf"] == exported[1]["hf"] and files[0]["packed"].keys() == exported[1]["packed"].keys()
+    proof = {"artifact.json", "parity.json", "README.md"}  # more is looked at of what is whole
+    assert {name for name, content in files[0]["packed"].items() if content != exported[1]["packed"][name]} == proof
+
+
+def test_the_description_has_the_figures_of_the_proof(run, exported):
+    figures = exported[0]["parity"]
+    written = json.loads(exported[1]["packed"]["artifact.json"])
+    expected = {name: (figures | figures["as_shipped"])[name] for name in PARITY}
+    assert written["parity"] == pytest.approx(expected, rel=1e-3) and written["parity"]["perplexity"] > 100
+    assert figures["as_shipped"]["target_tokens"] == 64 and "fast" not in figures  # a single text was read
+    coverage = Coverage.from_json(run.coverage.read_text())
+    foretold = artifact_bytes(coverage, float_part(meta_student(run)), export_about(coverage, run.load_config().quant))
+    assert foretold.total == figures["bytes"]["file"] == sum(len(exported[1]["packed"][name]) for name in ("model.safetensors", "artifact.json"))
+
+
+def meta_student(run):
+    model = meta_model(run.student)
+    quantize_model(model, run.load_config().quant, initialise=False)
+    return model
 
 
 def test_what_fails_leaves_no_half_and_what_was_killed_last_leaves_the_older_one(run, exported, monkeypatch):
@@ -178,6 +203,78 @@ def test_floats_are_stored_as_transformers_stores_them(family, tmp_path, monkeyp
     assert any(".experts.2.w1.weight" in name for name in ours) == (family == "mixtral") and ("final_logits_bias" in ours) == (family == "bart")
 
 
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "bart"])
+def test_bf16_is_refused_where_it_rounds_or_rounds_once(family, tmp_path, monkeypatch, capsys):
+    """Positions of 8 bits, norms and biases; matrices of 2 bits are held exactly."""
+    run = write_run(tmp_path / "run", FAMILIES[family]().config)
+    assert main(["export", str(run.path), "--to", "hf", "--hf", "bf16"]) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"hf cannot hold \S+, \S+, \S+ and \d+ more in bf16: up to 3.9e-3 of each value is rounded away; set export.hf to fp32", told)
+    assert "--allow-inexact" in told and not run.artifact("hf").exists()
+    served = dict(served_parameters(trained_model(run, chosen_checkpoint(run))))
+    inexact = {name for name, tensor in served.items() if not torch.equal(tensor, tensor.bfloat16().float())}
+    assert all(served[name].ndim == 1 or "position" in name or "wpe" in name or "gate.weight" in name for name in inexact)
+    largest = max(float((tensor - tensor.bfloat16().float()).abs().max() / tensor.abs().max()) for tensor in served.values())
+    sizes = {}
+    for dtype, whole in (("bf16", True), ("bf16", False), ("fp32", True)):
+        monkeypatch.setattr(parity, "WHOLE_BYTES", 2**30 if whole else 0)
+        found = export(run, chosen_checkpoint(run), Export(targets=("hf",), hf=dtype, allow_inexact=True))
+        found, sizes[dtype] = found if "parity" in found and found["path"].endswith("hf") else found["others"]["hf"], found["bytes"]
+        loaded = AutoModelForCausalLM if family != "bart" else AutoModelForSeq2SeqLM
+        model = loaded.from_pretrained(run.artifact("hf"))
+        if dtype == "fp32":
+            break
+        assert model.dtype == torch.bfloat16 and json.loads((run.artifact("hf") / "config.json").read_text())["dtype"] == "bfloat16"
+        assert all(torch.equal(value, served[name].bfloat16()) for name, value in model.named_parameters())
+        assert (found["parity"]["tensors_bit_identical"], found["parity"]["tensors_rounded_to_bf16"]) == (len(served) - len(inexact), len(inexact))
+        assert found["parity"]["largest_relative_difference"] == pytest.approx(largest) and 0 < found["parity"]["relative_logit_difference"] < 0.02
+        assert f"| largest relative difference | {largest:.4g} |" in (run.artifact("hf") / "README.md").read_text()
+    assert sizes["bf16"] < 0.55 * sizes["fp32"]
+
+
+def test_bf16_that_rounds_is_told_before_training(run, tmp_path, capsys):
+    config = tmp_path / "bf16.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(run.config.read_text()) | {"export": {"targets": ["packed", "hf"], "hf": "bf16"}}))
+    asked = load_config(config)
+    model = meta_model(run.student)
+    coverage = quantize_model(model, asked.quant, initialise=False)
+    with pytest.raises(ConfigError, match=r"hf cannot hold transformer\.wpe\.weight, .* set export\.hf to fp32"):
+        check_targets(asked, asked.export, model, coverage, run.student)
+    allowed = asked.export.model_copy(update={"allow_inexact": True})
+    assert check_targets(asked, allowed, model, coverage, run.student)["hf"][0].startswith("hf: bf16 rounds transformer.wpe.weight, ")
+    assert main(["inspect", str(run.student), "--config", str(config)]) == 0
+    assert "hf cannot hold transformer.wpe.weight" in " ".join(capsys.readouterr().out.split())
+
+
+def test_bf16_that_holds_all_needs_no_leave(run, exported, tmp_path):
+    shutil.copytree(run.path, tmp_path / "other", ignore=shutil.ignore_patterns("artifact"))
+    other = type(run)(tmp_path / "other")
+    tree = yaml.safe_load(other.config.read_text())
+    tree["quant"] |= {"positions": {"bits": 2, "granularity": "per_row"}, "vectors": "bf16"}
+    other.config.write_text(yaml.safe_dump(tree | {"export": {"hf": "bf16"}}))
+    other.coverage.write_text(quantize_model(meta_model(other.student), Quant.model_validate(tree["quant"]), initialise=False).to_json())
+    found = export(other, chosen_checkpoint(other), Export(targets=("packed", "hf"), hf="bf16"))
+    assert found["others"]["hf"]["parity"].items() <= {key: value for key, value in found["parity"].items() if not isinstance(value, dict)}.items()
+    assert found["parity"]["relative_logit_difference"] == 0.0
+    assert {tensor.dtype for tensor in load_file(other.artifact("hf") / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight"])
+def test_a_tensor_that_is_neither_trained_nor_rounded_once(name, run, exported, tmp_path):
+    """An error of one unit in the last place of bf16, in a tensor that may be rounded and in one that may not."""
+    export(run, chosen_checkpoint(run), Export(targets=("hf",), hf="bf16", allow_inexact=True))
+    folder = shutil.copytree(run.artifact("hf"), tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(torch.int16)[0, 0] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_list(folder / LIST)
+    trained = trained_model(run, chosen_checkpoint(run))
+    rounded = hf.rounded(Coverage.from_json(run.coverage.read_text()), float_part(trained), Export(hf="bf16"))
+    assert ("transformer.wpe.weight" in rounded, "transformer.h.0.attn.c_attn.weight" in rounded) == (True, False)
+    with pytest.raises(CheckpointError, match=f"{name} is not what was trained"):
+        parity.verify(trained, folder, run.artifact("packed"), rounded)
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_the_largest_matrix(tmp_path, monkeypatch):
     """110 million parameters, of 17 million in the largest matrix: never whole, and no file stays in memory as it is read.
@@ -191,4 +288,4 @@ def test_memory_is_that_of_the_largest_matrix(tmp_path, monkeypatch):
         monkeypatch.setenv(key, value)
     peaks = [measure(run, "packed,hf", ("-c", program))["peak"] for run in (small, large)]
     largest, whole = 4 * 16384 * 1024, 4 * (16384 * 1024 + 1024 * 1024 + 7 * 12 * 1024**2)
-    assert peaks[1] - peaks[0] < 3.5 * largest < 0.6 * whole, [peak / 2**20 for peak in peaks]
+    assert peaks[1] - peaks[0] < 3.75 * largest < 0.6 * whole, [peak / 2**20 for peak in peaks]

@@ -29,12 +29,14 @@ from transformers import (
 )
 
 from dqtrain import tensor_file
-from dqtrain.artifact import format, parity
+from dqtrain.artifact import format, kernels, parity
+from dqtrain.artifact.export import export
 from dqtrain.artifact.gguf.family import family
 from dqtrain.artifact.gguf.files import files_of
 from dqtrain.artifact.gguf.llama_cpp import LlamaCpp
 from dqtrain.artifact.gguf.target import GgufTarget
 from dqtrain.artifact.gguf.tokenizer import tokenizer_fields
+from dqtrain.artifact.load import chosen_checkpoint
 from dqtrain.artifact.serve import serve
 from dqtrain.cli import main
 from dqtrain.config import Export, Pairs, Quant
@@ -45,6 +47,7 @@ from dqtrain.models.language import LanguageModel, inputs_of
 from dqtrain.models.making import load_model
 from dqtrain.quant.activation import calibrate
 from dqtrain.quant.modules import quantize_model
+from dqtrain.rundir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,7 @@ def test_a_run_ends_with_every_target_that_it_was_asked_for(finished):
     found = json.loads((run.path / "result.json").read_text())["export"]
     assert found["path"].endswith("packed") and found["others"].keys() == {"gguf", "onnx", "hf"}
     assert found["others"]["onnx"]["parity"]["weights"]["bit_identical"] == 28
+    assert found["parity"]["as_shipped"]["held_out_text"] and found["parity"]["as_shipped"]["relative_l2_to_trained"] == 0.0
     parity = found["others"]["gguf"]["parity"]
     assert parity["weights"]["bit_identical"] == parity["weights"]["tensors"] == 28
     assert parity["as_shipped"]["held_out_text"] and parity["tokenizer"]["texts"] > 0
@@ -87,6 +91,26 @@ def test_exported_again_it_is_the_same_file(finished):
     assert code == 0, output
     assert json.loads(output)["path"].endswith("gguf") and "others" not in json.loads(output)  # the codes were there
     assert (run.path / "artifact/gguf/model.gguf").read_bytes() == before
+
+
+def test_kernels_that_are_slower_than_those_of_8_bits_are_told(finished, tmp_path, monkeypatch):
+    path = shutil.copytree(finished[0].path, tmp_path / "run", ignore=shutil.ignore_patterns("gguf", "onnx"))
+    run, said = RunDir(path), []
+
+    def exported(*targets):
+        return export(run, chosen_checkpoint(run), Export(targets=targets), say=said.append)
+
+    monkeypatch.setattr(kernels, "NOISE", -1.0)  # anything is slower than nothing
+    first = exported("gguf", "onnx")
+    for target, figures in (("gguf", first), ("onnx", first["others"]["onnx"])):
+        told = figures["notes"][-1]
+        assert figures["parity"]["kernels"].keys() == {"ms_per_token", "ms_per_token_8_bit"} and "for the same weights in 8 bits" in told
+        assert told in said and f"- {told}" in (run.artifact(target) / "README.md").read_text()
+        assert all(file.is_file() and not file.name.startswith(".") for file in run.artifact(target).iterdir())
+    monkeypatch.setattr(kernels, "NOISE", 1e9)
+    assert not any("in 8 bits" in note for note in exported("onnx")["notes"])
+    monkeypatch.setattr(parity, "WHOLE_BYTES", 0)
+    assert exported("onnx")["parity"]["kernels"] == {"not_measured": "the student takes more than 0 bytes as floats"}
 
 
 def test_generate_runs_it(finished):

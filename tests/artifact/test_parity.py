@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import math
 
 import gguf
 import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import edit_description
 from families import FAMILIES
 from test_gguf import QUANT, packed_artifact, student, to_gguf  # noqa: F401
 from test_onnx import to_onnx, with_tokenizer
@@ -15,12 +17,15 @@ from test_packed import settings
 from test_streaming import logits_of, write
 
 from dqtrain.artifact import format, parity
-from dqtrain.artifact.description import write_list
+from dqtrain.artifact.compressed.load import TransformersRunner
+from dqtrain.artifact.description import PARITY, _in_equal_width, is_sound, sealed, with_parity, write_list
 from dqtrain.artifact.graphs.graph import WEIGHTS
 from dqtrain.artifact.load import load_artifact
 from dqtrain.artifact.onnx.runtime import OnnxRunner
 from dqtrain.artifact.onnx.target import OnnxTarget
 from dqtrain.errors import CheckpointError
+from dqtrain.models.language import LanguageModel, inputs_of
+from dqtrain.quant.modules import QuantizedInput
 
 
 def another_epsilon(folder):
@@ -120,3 +125,77 @@ def test_the_noise_that_is_allowed_is_that_of_8_bits_per_token(bits, tmp_path):
     found = parity._with_8_bit_inputs(load_artifact, tmp_path / "other", format.read_description(tmp_path / "other"))
     with torch.no_grad():
         assert torch.equal(logits_of(found), logits_of(load_artifact(tmp_path / "eight")))
+
+
+def test_figures_of_a_packed_artifact(student, tmp_path):  # noqa: F811
+    """Its own perplexity is the student's, which is what torch makes of the texts; its codes on integer kernels are near."""
+    model, folder, held_out = packed_artifact(student("gpt2"), QUANT, tmp_path / "packed")
+    found = parity.verify_packed(model, folder, held_out)
+    shipped = found["as_shipped"]
+    assert found["relative_logit_difference"] == shipped["relative_l2_to_trained"] == shipped["kl_nats"] == 0.0 < shipped["own_noise"] < 0.1
+    assert shipped["held_out_text"] and shipped["target_tokens"] >= parity.NUM_TOKENS and shipped["top1_agreement"] == 1.0
+    assert found["float_activations"]["one_by_one"] <= 1e-5 and shipped["relative_l2_one_by_one"] <= 2 * shipped["own_noise"]
+    nats, count, number = 0.0, 0, 0
+    while count < shipped["target_tokens"]:
+        inputs, labels = inputs_of(held_out.batch([number]), torch.device("cpu"))
+        with torch.no_grad():
+            said = LanguageModel(model).logits(inputs)
+        nats += torch.nn.functional.cross_entropy(said, labels[inputs.is_target], reduction="sum").item()
+        count, number = count + len(said), number + 1
+    assert shipped["perplexity"] == shipped["perplexity_trained"] == pytest.approx(math.exp(nats / count), rel=1e-5)
+    assert 0 < found["fast"]["relative_l2_to_trained"] < 0.1 and found["fast"]["top1_agreement"] > 0.9
+    assert found["fast"]["perplexity"] == pytest.approx(shipped["perplexity"], rel=0.05)
+
+
+def forgets(patch, folder):
+    """Each token is the first one."""
+
+    class Forgets(TransformersRunner):
+        def logits(self, ids, source=None, one_by_one=False):
+            return torch.cat([super(Forgets, self).logits([token], source) for token in ids]) if one_by_one else super().logits(ids, source)
+
+    patch.setattr(parity, "TransformersRunner", Forgets)
+
+
+def louder(patch, folder):
+    """The same with and without the cache, in mode exact."""
+
+    class Louder(TransformersRunner):
+        def logits(self, ids, source=None, one_by_one=False):
+            is_exact = any(isinstance(module, QuantizedInput) for module in self.model.modules())
+            return super().logits(ids, source, one_by_one) * (1.5 if is_exact else 1)
+
+    patch.setattr(parity, "TransformersRunner", Louder)
+
+
+def longer(patch, folder):
+    edit_description(folder, lambda content: content.update(more="than there is"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (forgets, "in mode dense it says something else of held-out text"),
+        (louder, "in mode exact it says something else of held-out text"),
+        (longer, r"its files take \d+ bytes, but \d+ were foretold"),
+    ],
+)
+def test_verify_packed_notices(spoil, message, world, tmp_path, monkeypatch):
+    made = with_tokenizer(world, FAMILIES["gpt2"](), QUANT, tmp_path / "packed")
+    parity.verify_packed(*made)
+    spoil(monkeypatch, made[1])
+    with pytest.raises(CheckpointError, match=message):
+        parity.verify_packed(*made)
+
+
+def test_grids_that_no_kernel_has_are_not_measured_in_mode_fast(world, tmp_path):
+    made = with_tokenizer(world, FAMILIES["gpt2"](), settings(scale_dtype="fp32"), tmp_path / "packed")
+    assert "its scales are fp32" in parity.verify_packed(*made)["fast"]["not_measured"]
+
+
+def test_figures_change_no_size_of_the_description():
+    before = sealed([f'"parity": {_in_equal_width(dict.fromkeys(PARITY))}', '"coverage": [\n [1],\n [2]\n]'])
+    figures = dict(zip(PARITY, (9999, 1e-300, 0.0, 1.0, 3e-9, 5e10, 1.23456), strict=True))
+    after = with_parity(before, figures)
+    assert len(before) == len(after) and is_sound(after) and json.loads(after)["parity"] == pytest.approx(figures, rel=1e-3)
+    assert with_parity(after, dict.fromkeys(PARITY)) == before

@@ -73,16 +73,10 @@ class Placement(NamedTuple):
         return rows, columns
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of its floats: a snapped scale has the 8 significant bits of bf16, so that its multiples by up to 2, a power, have them too."""
-        low, high = self.quantizer.levels.integers
-        return torch.bfloat16 if self.quantizer.portable and not self.quantizer.has_zero_points and max(-low, high) <= 2 else torch.float32
-
-    @property
     def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of what the file holds of it."""
         if self.scheme is None:
-            return {self.row.name: (self.dtype, self.row.shape)}
+            return {self.row.name: (self.quantizer.dtype, self.row.shape)}
         (rows, columns), bits = self.shape, self.scheme.bits
         groups = columns // self.scheme.group_size if self.scheme.group_size else 1
         first, second = (columns, rows) if self.is_transposed else (rows, columns)
@@ -319,5 +313,5 @@ def _costs(placed: list[Placement], why: str) -> list[str]:
         return []
     taken = sum(place.num_bytes for place in floats)
     in_codes = sum(Placement(place.row, _scheme(place.quantizer)).num_bytes for place in floats)
-    types = " and ".join(sorted({TYPES_OF_FLOATS[place.dtype] for place in floats}))
+    types = " and ".join(sorted({TYPES_OF_FLOATS[place.quantizer.dtype] for place in floats}))
     return [f"{types} for {names_of([place.row.name for place in floats])}, exactly, {taken:,} bytes where codes take {in_codes:,}: {why}"]

@@ -58,6 +58,7 @@ class CompressedTarget:
     """A packed artifact in compressed-tensors' format (`target.RuntimeTarget`), one tensor at a time. Raises ConfigError as `plan`."""
 
     name: Target = "compressed-tensors"
+    has_kernels = False  # transformers multiplies floats
     tolerance = 1e-5  # the same values in the same dtype, but sums in another order
     factors: Mapping[str, float] = {}
     rounded = ()  # scales are fp32
@@ -95,7 +96,7 @@ class CompressedTarget:
     @property
     def types(self) -> dict[str, str]:
         """Bits of weights and activations, or of floats."""
-        return {name: place.scheme.name if place.scheme else TYPES_OF_FLOATS[place.dtype] for name, place in self.placed.items()}
+        return {name: place.scheme.name if place.scheme else TYPES_OF_FLOATS[place.quantizer.dtype] for name, place in self.placed.items()}
 
     def encoder_of_text(self, folder: Path, longest: int) -> None:
         """None: the tokenizer is that of transformers."""
@@ -131,7 +132,7 @@ class CompressedTarget:
     def _data(self, place: Placement, key: str) -> Tensor:
         """One tensor of a quantized weight."""
         if place.scheme is None:
-            return self.packed.value(place.row.name).to(place.dtype)
+            return self.packed.value(place.row.name).to(place.quantizer.dtype)
         if key.startswith("input"):
             return self._input(place.module, key)
         rows, columns = place.shape

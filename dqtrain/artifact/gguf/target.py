@@ -118,6 +118,7 @@ class GgufTarget:
 
     name: Target = "gguf"
     program = "llama.cpp"
+    has_kernels = True
     tolerance = 1e-3  # its GELU is a table of fp16 values
 
     @classmethod

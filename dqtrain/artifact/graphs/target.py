@@ -100,6 +100,7 @@ class GraphTarget(ABC):
     weights_file: str
     has_parts = True  # whether what is over 5 GB may be in several files
     description: str  # what lists the other files
+    has_kernels = True
     runner: Callable[..., GraphRunner]  # of a folder
     float_settings: Mapping[str, Any]  # with which it quantizes nothing
     read_values: Callable[[Path], Mapping[str, Callable[[], np.ndarray]]]  # folder -> what gives each matrix [outputs, inputs], perhaps filled up
