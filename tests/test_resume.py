@@ -122,7 +122,9 @@ def test_resume_on_other_ranks_and_stage_reads_the_same_samples(uninterrupted, m
     for ours, theirs in zip(run.log(), whole.log(), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=2e-5 if name != "gradient_norm" else 1e-3), (ours["step"], name)
+            # Later a weight may be rounded to another code by the order of sums; other samples change a loss by a percent at once.
+            near = 2e-5 if name != "gradient_norm" and ours["step"] <= 12 else 1e-3
+            assert ours[name] == pytest.approx(value, rel=near), (ours["step"], name)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A finished run's checkpoint -> verified artifacts: packed codes of a quantized student and what is made of them, a Hugging Face directory of a float one."""
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from dqtrain.artifact import format, hf, kernels, parity
 from dqtrain.artifact.card import size_of, write_card
 from dqtrain.artifact.compressed.target import CompressedTarget
-from dqtrain.artifact.description import PARITY
+from dqtrain.artifact.description import LIST, PARITY, write_list
 from dqtrain.artifact.gguf.target import GgufTarget
 from dqtrain.artifact.load import trained_in_files
 from dqtrain.artifact.onnx.target import OnnxTarget
@@ -60,17 +61,20 @@ def export(
     scores = scores or run.load_result()
     first: Target = "hf" if config.quant is None else "packed"
     results: dict[Target, dict[str, Any]] = {}
-    if first in targets or not _is_packed(run, folder):
-        results[first] = _hf(run, model, asked, scores, about["hf"]) if config.quant is None else _packed(run, model, folder, config.quant, held_out, scores)
-    for target in targets:
-        if target in RUNTIMES:
-            results[target] = _for_runtime(target, run, model, asked, held_out, scores, about[target])
-        elif target not in results:
-            results[target] = _hf(run, model, asked, scores, about[target])
+    with _alone(run.path):
+        if first in targets or not _is_packed(run, folder):
+            results[first] = (
+                _hf(run, model, asked, scores, about["hf"]) if config.quant is None else _packed(run, model, folder, config.quant, held_out, scores)
+            )
+        for target in targets:
+            if target in RUNTIMES:
+                results[target] = _for_runtime(target, run, model, asked, held_out, scores, about[target])
+            elif target not in results:
+                results[target] = _hf(run, model, asked, scores, about[target])
     for target, figures in results.items():
         say(f"{figures['path']}: {size_of(figures)}")
         for line in figures["notes"]:
-            if line not in about[target]:  # which was said before training
+            if line not in about[target]:  # which is known before there are weights, and in the figures
                 say(line)
     last = targets[0] if first not in results else first
     return results.pop(last) | ({"others": results} if results else {})
@@ -98,7 +102,27 @@ def check_targets(config: RunConfig, asked: Export, model: PreTrainedModel, cove
 
 
 def _coverage(run: RunDir) -> Coverage:
-    return Coverage.from_json(run.coverage.read_text())
+    try:
+        return Coverage.from_json(run.coverage.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{run.coverage}: cannot be read ({error.strerror}); it says how each weight was quantized. Restore that file.") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The only export of a run's folder at a time. Raises CheckpointError where there is another one, and for a folder that takes no file."""
+    try:
+        file = (folder / ".export").open("w")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error.strerror}). Mend that, then export the run again.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{folder}: another export of this run is at work. Wait for its end, then export again.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _is_packed(run: RunDir, folder: Path) -> bool:
@@ -133,7 +157,7 @@ def _published(run: RunDir, target: Target) -> Iterator[Path]:
         if not isinstance(error, OSError):
             raise
         raise CheckpointError(
-            f"{final}: could not be written ({error}). Free space there, then `dqtrain export {run.path}` or `dqtrain resume {run.path}`."
+            f"{final}: could not be written ({error}). Mend that, or free space there, then `dqtrain export {run.path} --to {target}` or `dqtrain resume {run.path}`."
         ) from None
 
 
@@ -155,8 +179,9 @@ def _weights_bytes(folder: Path) -> int:
 def _packed(run: RunDir, model: PreTrainedModel, folder: Path, quant: Quant, held_out: AnyStream | None, scores: Mapping[str, Any]) -> dict[str, Any]:
     with _published(run, "packed") as partial:
         _copy_student(run, partial)
-        format.write(model, partial, export_about(_coverage(run), quant, folder.name))
         name_in_config(partial, type(meta_model(run.student)).__name__)
+        write_list(partial / LIST)  # config and tokenizer: artifact.json has the weights
+        format.write(model, partial, export_about(_coverage(run), quant, folder.name))
         found = parity.verify_packed(model, partial, held_out)
         format.add_parity(partial, {name: (found | found["as_shipped"])[name] for name in PARITY})
         return _figures(run, "packed", model, partial, _weights_bytes(partial), found, scores)

@@ -239,10 +239,15 @@ def check_kernel(layer: FastLinear, packed: PackedTensors, device: torch.device)
     values = packed.value(layer.name).double()
     expected = x.double() @ (values.T if packed.quantized[layer.name].row_axis == 0 else values)
     codes, scales, lost, _, _, group, outputs = layer.operands
-    found = product(x.to(device), codes, scales, lost, None, None, group, outputs).cpu().double()
-    if not (found - expected).norm() <= 2.0**-6 * expected.norm():
+    try:
+        found = product(x.to(device), codes, scales, lost, None, None, group, outputs).cpu().double()
+        is_right, why = bool((found - expected).norm() <= 2.0**-6 * expected.norm()), "gives another product"
+    except RuntimeError as error:  # NotImplementedError is one
+        is_right, why = False, str(error).partition("\n")[0]
+    if not is_right:
         raise ConfigError(
-            f"torch {torch.__version__} multiplies the codes of {layer.name} wrongly on {device}. Load the artifact there with mode dense and dtype bfloat16."
+            f"mode fast on {device}: torch {torch.__version__} does not multiply the codes of {layer.name} there ({why}). "
+            "Load the artifact with mode dense and dtype bfloat16, or on the CPU (with CUDA_VISIBLE_DEVICES= before the command)."
         )
 
 

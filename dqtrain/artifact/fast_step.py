@@ -95,6 +95,8 @@ class Step(Graph):
             return False
         if not isinstance(cache, DynamicCache) or len(cache.layers) != self._num_layers or {*map(type, cache.layers)} - {DynamicLayer, Growing}:
             return False
+        if not cache.get_seq_length():  # the prompt has a single token
+            return False
         if mask is not None and tuple(mask.shape) != (len(ids), cache.get_seq_length() + 1):
             return False
         wanted = {name for name, value in given.items() if value is not None and value is not False}

@@ -75,10 +75,14 @@ def _in_codes(parameter: QuantizedParameter) -> dict[str, Tensor]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """artifact.json, after it and the files that it lists were held against their hashes. Raises CheckpointError for anything damaged or of another version."""
+    """artifact.json, after it, the files that it lists and those of the folder's own list were held against their hashes.
+
+    Raises CheckpointError for anything damaged or of another version.
+    """
     path = folder / "artifact.json"
     about = description.read(description.read_sealed(path, description.FORMAT))
     description.check_files(path, about["weights"])
+    description.check_if_listed(folder)
     return about
 
 

@@ -18,23 +18,23 @@ NARROWEST = 30
 """Characters that a column has at least."""
 
 
-def generate(path: Path, prompt: str, tokens: int, mode: str | None = None, stream: bool = False) -> str:
+def generate(path: Path, prompt: str, tokens: int, mode: str | None = None, stream: bool = False, alone: bool = False) -> str:
     """The prompt and its greedy continuation of up to `tokens` tokens; the answer alone of an encoder-decoder, and where there is a chat template.
 
-    `mode`: how a packed artifact is loaded. `stream`: also print it, as it is written. Raises ConfigError for a mode of what another program runs and for
+    `mode`: how a packed artifact is loaded. `stream`: also print it, as it is written. `alone`: without the prompt. Raises ConfigError for a mode of what another program runs and for
     too many tokens, and what loading raises.
     """
     program, model = program_of(path)
+    if mode and not (path / "artifact.json").is_file():
+        raise ConfigError(f"--mode is for packed artifacts, but {program} runs {path}. Leave it out.")
     if program == "transformers":
         run = RunDir(path)
         loaded = load_artifact(path, mode, "cuda" if torch.cuda.is_available() else "cpu") if mode else load_spread(path)
-        return complete(loaded, run.student if run.config.is_file() else path, prompt, tokens, stream)
-    if mode:
-        raise ConfigError(f"--mode is for packed artifacts, but {program} runs {path}. Leave it out.")
+        return complete(loaded, run.student if run.config.is_file() else path, prompt, tokens, stream, alone)
     if program == "llama.cpp":
         with LlamaCpp(model) as runtime:
-            return runtime.generate(prompt, tokens, stream)
-    return (OnnxRunner if program == "ONNX Runtime" else OpenVinoRunner)(model).generate(prompt, tokens, stream)
+            return runtime.generate(prompt, tokens, stream, alone)
+    return (OnnxRunner if program == "ONNX Runtime" else OpenVinoRunner)(model).generate(prompt, tokens, stream, alone)
 
 
 def side_by_side(headings: tuple[str, str], texts: tuple[str, str], width: int) -> str:

@@ -22,7 +22,7 @@ from dqtrain.artifact import format
 from dqtrain.artifact.compressed.load import is_compressed, load_compressed
 from dqtrain.artifact.description import check_if_listed
 from dqtrain.artifact.pretrained import DTYPES, METHOD
-from dqtrain.artifact.text import Text, read_prompt, require_room
+from dqtrain.artifact.text import Text, decoder, read_prompt, require_room
 from dqtrain.config import ActivationQuant, Generation
 from dqtrain.data.prepare import load_tokenizer
 from dqtrain.errors import CheckpointError, ConfigError
@@ -46,7 +46,10 @@ def load_artifact(path: Path | str, mode: str = "exact", device: str = "cpu") ->
     config = read_model_config(folder)
     config.quantization_config = {"quant_method": METHOD, "mode": mode}
     how = {"dtype": DTYPES.get(mode) or torch.float32, "device_map": None if device == "cpu" else {"": device}}
-    return model_class(config).from_pretrained(folder, config=config, local_files_only=True, **how)
+    try:
+        return model_class(config).from_pretrained(folder, config=config, local_files_only=True, **how)
+    except OSError as error:  # of transformers, where a file is missing
+        raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}). Copy it again, or export the run again.") from None
 
 
 def chosen_checkpoint(run: RunDir) -> Path:
@@ -218,25 +221,24 @@ def _prefixes(name: str) -> Iterator[str]:
     yield ""
 
 
-def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int, stream: bool = False) -> str:
+def complete(model: PreTrainedModel, path: Path, prompt: str, tokens: int, stream: bool = False, alone: bool = False) -> str:
     """The prompt and its greedy continuation of up to `tokens` tokens, with the tokenizer beside the model; of an encoder-decoder what it writes for the prompt.
 
-    Where the tokenizer has a chat template the prompt is what a user says, and the answer alone is given. `stream`: also print it, as it is written.
+    Where the tokenizer has a chat template the prompt is what a user says, and the answer alone is given. `stream`: also print it, as it is written. `alone`: without the prompt.
     Raises ConfigError for too many tokens, DataError for a template that refuses the prompt.
     """
     tokenizer = load_tokenizer(path)
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     longest = getattr(model.config, "max_position_embeddings", None)
     if model.config.is_encoder_decoder:
         require_room(path, longest, tokens)
         world = World(0, 1, 0, input_device(model))
-        text = Text(decode, num_hidden=1, stream=stream)  # without the token that a decoder starts with
+        text = Text(decoder(tokenizer), num_hidden=1, stream=stream)  # without the token that a decoder starts with
         write(model, tokenizer, [prompt], Generation(max_new_tokens=tokens), source_tokens=longest or 2**20, micro_batch=1, world=world, streamer=text)
         return str(text)
     ids, is_chat = read_prompt(tokenizer, prompt)
     require_room(path, longest, tokens, len(ids))
     read = torch.tensor([ids], device=input_device(model))
-    text = Text(decode, len(ids) if is_chat else 0, stream)
+    text = Text(decoder(tokenizer), len(ids) if is_chat or alone else 0, stream)
     search = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.eos_token_id}
     generate: Any = model.generate
     with torch.no_grad():

@@ -353,4 +353,4 @@ def _perplexity(logits: list[Tensor], samples: list[_Sample]) -> float:
         torch.nn.functional.cross_entropy(found.double(), sample.labels[sample.is_target], reduction="none")
         for found, sample in zip(logits, samples, strict=True)
     ]
-    return math.exp(_mean(nats))
+    return math.exp(min(_mean(nats), 700.0))  # more is no float

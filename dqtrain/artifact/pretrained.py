@@ -82,6 +82,8 @@ class PackedQuantizer(HfQuantizer):
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
         """As it was given. Raises ConfigError for the fast mode on several devices, or none."""
         if self.quantization_config.mode == "fast":
+            if isinstance(device_map, str):  # auto and such, of which a name is all that is known here
+                device_map = {"": "cuda" if torch.cuda.is_available() else "cpu"}
             place, *others = {str(place) for place in (device_map or {"": "cpu"}).values()}
             if others or place in ("disk", "meta"):
                 raise ConfigError(

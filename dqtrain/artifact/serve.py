@@ -34,7 +34,9 @@ def serve(path: Path, host: str, port: int, flags: Sequence[str]) -> int:
     if not model.is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{path}: is neither a GGUF file nor a model directory. Name an artifact that `dqtrain export` wrote.")
     if program in ("ONNX Runtime", "OpenVINO"):
-        raise ConfigError(f"{path}: no server that dqtrain knows runs {program}. `dqtrain generate {path} PROMPT` does; or serve another target of the run.")
+        raise ConfigError(
+            f"{path}: no server that dqtrain knows runs graphs of {program}. `dqtrain generate {path} PROMPT` does; or serve another target of the run."
+        )
     _check_port(host, port)
     if (path / "compressed-tensors.json").is_file():
         check_list(path / "compressed-tensors.json")

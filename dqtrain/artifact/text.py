@@ -1,5 +1,6 @@
 """A text that is written token by token, whichever program finds the tokens: what it begins with, the room that it needs, and how it is shown as it grows."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -47,6 +48,11 @@ class Text(BaseStreamer):
         return str(self)
 
 
+def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """The text of token ids, without special ones; more ids only add to it, so that spaces are not tidied."""
+    return functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def read_prompt(tokenizer: Any, prompt: str) -> tuple[list[int], bool]:
     """Token ids that a causal model goes on from, and whether they are a user's turn of a chat, as the tokenizer's template has it. Raises DataError as the template."""
     if tokenizer.chat_template is None:
@@ -59,4 +65,4 @@ def require_room(path: Path, longest: int | None, tokens: int, num_read: int = 0
     """Raise ConfigError where `num_read` tokens of a prompt and `tokens` behind them are more than `longest`, the positions of the model at `path`."""
     if longest is not None and num_read + tokens > longest:
         needed = [f"the prompt has {num_read} tokens"] * (num_read > 0) + [f"{tokens} tokens are asked"] * (tokens > 0)
-        raise ConfigError(f"{' and '.join(needed)}, but {path} has {longest} positions; shorten the prompt, or ask for fewer with --tokens.")
+        raise ConfigError(f"{' and '.join(needed)}, but there is room for {longest} in {path}; shorten the prompt, or ask for fewer with --tokens.")

@@ -19,7 +19,7 @@ from test_onnx import Cases
 from test_packed import about, settings
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, T5Config
 
-from dqtrain.artifact import format, parity
+from dqtrain.artifact import format, hf, parity
 from dqtrain.artifact.compressed.target import CompressedTarget
 from dqtrain.artifact.export import RUNTIMES
 from dqtrain.artifact.gguf.blocks import as_tensor, fit, pack, rows_of
@@ -130,9 +130,12 @@ def in_packed(model, packed, quant):
 
 
 def in_hf(model, packed, quant):
-    """Of the tensors that `export` writes (`test_export.py`), as transformers reads them."""
-    load_artifact(packed, "dense").save_pretrained(packed / "hf")
-    assert is_trained(model, load_model(packed / "hf"))
+    """As transformers reads what is written of the student."""
+    folder = packed / "hf"
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    hf.write(model, folder, Export())
+    assert is_trained(model, load_model(folder))
     return "exact"
 
 
@@ -147,7 +150,7 @@ def in_runtime(name, **asked):
                 RUNTIMES[name].check(quant, model.config, tensors.coverage, packed, Export(**asked))
             except ConfigError:
                 return "refused"
-            target = RUNTIMES[name].target(tensors, model.config, Export(**asked))
+            target = RUNTIMES[name](tensors, model.config, Export(**asked))
             target.write(folder)
             found = parity.verify_weights(model, folder, target)
         assert found["bit_identical"] == found["tensors"]

@@ -171,6 +171,15 @@ def test_steps_and_modules_take_turns(tmp_path):
         assert torch.equal(found.generate(IDS, **search), modules.generate(IDS, **search))
 
 
+def test_a_prompt_of_one_token(tmp_path):
+    write(tmp_path, settings(activations=None), initializer_range=0.5)
+    found = dqtrain.load_artifact(tmp_path, mode="fast")
+    search = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    written = found.generate(IDS[:, :1], **search)
+    found._step.reads = lambda *_: False
+    assert torch.equal(written, found.generate(IDS[:, :1], **search)) and written.shape == (2, 5)
+
+
 def test_no_matrix_is_dense_and_a_tied_one_is_there_once_for_each_use(tmp_path):
     model = write(tmp_path, settings(), "gpt2", **WIDE)
     found = dqtrain.load_artifact(tmp_path, mode="fast")
@@ -239,5 +248,8 @@ def test_a_kernel_that_multiplies_other_codes_is_noticed(tmp_path):
             if isinstance(layer, FastLinear):
                 fast.check_kernel(layer, packed, torch.device("cpu"))
         layer.codes = layer.codes.flip(0)
-        with pytest.raises(ConfigError, match=f"multiplies the codes of {layer.name} wrongly on cpu. Load the artifact there with mode dense"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"mode fast on cpu: .* does not multiply the codes of {layer.name} there \(gives another product\). Load the artifact with mode dense",
+        ):
             fast.check_kernel(layer, packed, torch.device("cpu"))

@@ -11,16 +11,18 @@ import torch
 from conftest import config_text
 from test_gguf import byte_level, sentencepiece
 from test_packed import about, settings
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, GPT2Config, T5Config
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, GPT2Config, PreTrainedTokenizerFast, T5Config
 
 from dqtrain.artifact import format
 from dqtrain.artifact.generate import generate, side_by_side
 from dqtrain.artifact.gguf.target import GgufTarget
 from dqtrain.artifact.gguf.tokenizer import tokenizer_fields
 from dqtrain.artifact.onnx.target import OnnxTarget
-from dqtrain.artifact.text import Text
+from dqtrain.artifact.text import Text, decoder
 from dqtrain.cli import main
 from dqtrain.config import Export
+from dqtrain.data.chat import render_question
 from dqtrain.data.prepare import encode_sources, load_tokenizer
 from dqtrain.errors import ConfigError, DataError
 from dqtrain.quant.modules import quantize_model
@@ -131,8 +133,31 @@ def test_a_template_that_refuses_the_prompt(place, knowing):
 @pytest.mark.parametrize(("family", "place"), [("gpt2", "packed"), ("gpt2", "gguf"), ("t5", "gguf"), ("bart", "packed"), ("bart", "onnx")])
 def test_more_than_the_positions_is_refused(family, place, knowing):
     read = r"the prompt has \d\d tokens and " if family == "gpt2" else ""
-    with pytest.raises(ConfigError, match=rf"^{read}4000 tokens are asked, but .*{place}.* has (128|512|2048) positions; .* --tokens"):
+    with pytest.raises(ConfigError, match=rf"^{read}4000 tokens are asked, but there is room for (128|512|2048) in .*{place}.*; .* --tokens"):
         generate(knowing(family) / place, QUESTION, 4000)
+
+
+def test_spaces_are_printed_as_they_are(tmp_path):
+    """Where a tokenizer tidies them, what was printed would be another text by then."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "they": 1, "do": 2, "n't": 3, "know": 4, ".": 5}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=True, unk_token="<unk>")
+    said = Pieces()
+    with contextlib.redirect_stdout(said):
+        text = Text(decoder(tokenizer), stream=True).write([1], [2, 3, 4, 5], 9, lambda token: False)
+    assert "".join(said.pieces) == text + "\n" and text == "they do n't know ."
+
+
+def test_a_tokenizer_that_has_no_bos_token_writes_none_in_a_chat(world, tmp_path):
+    tokenizer = load_tokenizer(world / "tokenizer")
+    tokenizer.bos_token = None
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    tokenizer.save_pretrained(tmp_path)
+    writer = gguf.GGUFWriter(None, "gpt2")
+    tokenizer_fields(tmp_path, GPT2Config(vocab_size=len(tokenizer)), writer)
+    template = writer.kv_data[0]["tokenizer.chat_template"].value
+    for question in ("the cat", "a"):
+        here = render_question(template, question, {"bos_token": "<|end|>", "eos_token": "<|end|>"}, "it")
+        assert here == render_question(tokenizer.chat_template, question, tokenizer.special_tokens_map, "it")
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
@@ -165,7 +190,7 @@ def test_the_default_of_several_templates_is_in_a_gguf_file(world, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     writer = gguf.GGUFWriter(None, "gpt2")
     tokenizer_fields(tmp_path, GPT2Config(vocab_size=len(tokenizer)), writer)
-    assert writer.kv_data[0]["tokenizer.chat_template"].value == CHATML
+    assert writer.kv_data[0]["tokenizer.chat_template"].value.endswith(CHATML)
 
 
 # Beside another model

@@ -1,5 +1,6 @@
 """GGUF files: blocks that ggml reads back to the bit, and models that llama.cpp runs as they were trained."""
 
+import fcntl
 import functools
 import json
 import re
@@ -133,6 +134,22 @@ def test_a_run_writes_beside_its_teacher(finished, world, capsys, monkeypatch):
         assert prompt == "the cat sees" and headings.split(" | ") == [f"teacher: {world / 'teacher'}".ljust(198), f"student: {model}"]
         told.append(rows)
     assert told[0] == told[1] and len(told[0][0].split(" | ")) == 2
+    assert main(["generate", str(run.path), "the cat sees", "--tokens", "4"]) == 0
+    assert capsys.readouterr().out == f"the cat sees{told[0][0].split(' | ')[1]}\n"
+
+
+def test_codes_and_floats_of_a_run_whose_corpus_is_gone(finished, world, tmp_path, capsys):
+    """They are held to what was trained on random words; another program's own activations are not."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0].path, run)
+    (run / "run.yaml").write_text(
+        (run / "run.yaml").read_text().replace(str(world), str(tmp_path / "gone")).replace(str(tmp_path / "gone/teacher"), str(world / "teacher"))
+    )
+    assert main(["export", str(run), "--to", "packed,hf"]) == 0
+    out, err = capsys.readouterr()
+    assert not json.loads(out)["parity"]["as_shipped"]["held_out_text"]
+    assert "gone/test.jsonl" in err and "random words are what the artifact is compared on" in err
+    assert main(["export", str(run), "--to", "gguf"]) == 3 and "gone/test.jsonl" in capsys.readouterr().err
 
 
 def test_a_run_exports_parts_and_the_card_names_the_first(finished, tmp_path, monkeypatch, capsys):
@@ -141,6 +158,31 @@ def test_a_run_exports_parts_and_the_card_names_the_first(finished, tmp_path, mo
     assert main(["export", str(tmp_path / "run"), "--to", "gguf"]) == 0
     folder = Path(json.loads(capsys.readouterr().out)["path"])
     assert len(files_of(folder)) > 2 and f"llama-cli -m model-00001-of-{len(files_of(folder)):05d}.gguf " in (folder / "README.md").read_text()
+
+
+def test_one_export_of_a_run_at_a_time(finished, capsys):
+    run = finished[0]
+    with (run.path / ".export").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["export", str(run.path), "--to", "hf"]) == 4
+    assert f"{run.path}: another export of this run is at work. Wait for its end" in capsys.readouterr().err
+    assert main(["export", str(run.path), "--to", "hf"]) == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_packed_artifact_is_what_was_exported(name, how, finished, tmp_path, capsys):
+    """Of config and tokenizer, too: another epsilon would be another model."""
+    folder = tmp_path / "packed"
+    shutil.copytree(finished[0].path / "artifact/packed", folder)
+    if how == "gone":
+        (folder / name).unlink()
+    elif name == "config.json":
+        (folder / name).write_text((folder / name).read_text().replace("1e-05", "1e-02"))
+    else:
+        flip(folder / name)
+    assert main(["generate", str(folder), "the cat", "--tokens", "2"]) == (2 if (name, how) == ("config.json", "gone") else 4)
+    assert name in capsys.readouterr().err
 
 
 def flip_a_bit(path):

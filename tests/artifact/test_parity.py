@@ -188,6 +188,14 @@ def test_verify_packed_notices(spoil, message, world, tmp_path, monkeypatch):
         parity.verify_packed(*made)
 
 
+def test_a_student_that_learned_nothing_has_a_perplexity(world, tmp_path):
+    model = with_tokenizer(world, FAMILIES["gpt2"](), QUANT, tmp_path / "packed")[0]
+    sample = parity._samples(None, model.config)[0]
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(3e4)
+        assert parity._perplexity([sample.of(LanguageModel(model.eval()))], [sample]) == math.exp(700)
+
+
 def test_grids_that_no_kernel_has_are_not_measured_in_mode_fast(world, tmp_path):
     made = with_tokenizer(world, FAMILIES["gpt2"](), settings(scale_dtype="fp32"), tmp_path / "packed")
     assert "its scales are fp32" in parity.verify_packed(*made)["fast"]["not_measured"]

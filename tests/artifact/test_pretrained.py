@@ -147,6 +147,8 @@ def test_what_would_not_be_what_was_trained_is_refused(tmp_path):
         load(tmp_path, config=with_mode(tmp_path, "quick"))
     with pytest.raises(ConfigError, match="runs on one device, not on meta. Load it with device_map='cpu' or 'cuda'"):
         load(tmp_path, config=with_mode(tmp_path, "fast"), dtype=torch.bfloat16, device_map="meta")
+    where = load(tmp_path, config=with_mode(tmp_path, "fast"), dtype=torch.bfloat16, device_map="auto").device.type
+    assert where == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ConfigError, match="is not saved again: copy .* as it is"):
         load(tmp_path).save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()

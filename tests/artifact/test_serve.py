@@ -95,8 +95,8 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         ("cut", [], r"cut/config.json: is no model's config that can be read \(.*Copy or export"),
         ("list", [], r"list/config.json: is no model's config that can be read"),
         ("odd", [], r"odd/config.json: is no model's config that can be read"),
-        ("onnx", [], r"no server that dqtrain knows runs ONNX Runtime. `dqtrain generate .*onnx PROMPT` does"),
-        ("openvino", [], r"no server that dqtrain knows runs OpenVINO. `dqtrain generate .*openvino PROMPT` does"),
+        ("onnx", [], r"no server that dqtrain knows runs graphs of ONNX Runtime. `dqtrain generate .*onnx PROMPT` does"),
+        ("openvino", [], r"no server that dqtrain knows runs graphs of OpenVINO. `dqtrain generate .*openvino PROMPT` does"),
         ("none", [], r"is neither a GGUF file nor a model directory"),
         ("a.gguf", ["--verbose"], r"--verbose: these are flags of llama-server, of which there is none on PATH"),
     ]:

@@ -308,7 +308,11 @@ def test_activation_checkpointing_gives_the_same_gradients(name, reentrant):
         model(**inputs(model)).logits.square().mean().backward()
         return [p.grad for p in model.parameters()]
 
-    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
+    expected = gradients(False)
+    largest = max(gradient.abs().max() for gradient in expected)
+    # Not to the bit: what is computed again may lie elsewhere in memory, and kernels of some processors sum otherwise there.
+    for ours, theirs in zip(gradients(True), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-6 * float(largest))
 
 
 def test_activation_checkpointing_keeps_no_probabilities():

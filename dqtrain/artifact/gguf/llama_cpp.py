@@ -195,8 +195,8 @@ class LlamaCpp:
                 return text.raw[:count].decode(errors="replace")
             room = -count
 
-    def generate(self, prompt: str, tokens: int, stream: bool = False) -> str:
-        """The prompt and its greedy continuation of up to `tokens` tokens; of an encoder-decoder what it writes for the prompt; printed as it is written with `stream`.
+    def generate(self, prompt: str, tokens: int, stream: bool = False, alone: bool = False) -> str:
+        """The prompt and its greedy continuation of up to `tokens` tokens; of an encoder-decoder what it writes for the prompt; printed as it is written with `stream`, and `alone` without the prompt.
 
         Where the file has a chat template the prompt is what a user says, and the answer alone is given. Raises ConfigError for too many tokens, DataError for a
         template that refuses the prompt.
@@ -205,7 +205,7 @@ class LlamaCpp:
         template = self._lib.llama_model_chat_template(self._model, None)
         if self.has_encoder:
             eos = self._lib.llama_vocab_eos(self._vocab)
-            source = self.encode(prompt, special=True)
+            source = self.encode(prompt, special=True, parsed=True)
             source += [] if source[-1:] == [eos] else [eos]
             require_room(self.path, self.longest, 0, len(source))
             ids, num_hidden = [self._lib.llama_model_decoder_start_token(self._model)], 1
@@ -215,7 +215,8 @@ class LlamaCpp:
             ids = self.encode(render_question(template.decode(), prompt, special, str(self.path)), parsed=True)
             num_hidden = len(ids)
         else:
-            ids = self.encode(prompt) or [self._lib.llama_vocab_eos(self._vocab)]
+            ids = self.encode(prompt, parsed=True) or [self._lib.llama_vocab_eos(self._vocab)]
+            num_hidden = len(ids) if alone else 0
         require_room(self.path, self.longest, tokens, 0 if self.has_encoder else len(ids))
         is_end = functools.partial(self._lib.llama_vocab_is_eog, self._vocab)
         return Text(self.decode, num_hidden, stream).write(ids, self.greedily(ids, source), tokens, is_end)

@@ -62,7 +62,8 @@ def tokenizer_fields(folder: Path, config: PretrainedConfig, writer: Any) -> Non
     if unknown is not None:
         writer.add_unk_token_id(unknown)
     if tokenizer.chat_template is not None:
-        writer.add_chat_template(chat_template(tokenizer))
+        # Without a bos_token of its own the file has the end in its place, which a template must not write.
+        writer.add_chat_template(("{% set bos_token = '' %}" if bos is None else "") + chat_template(tokenizer))
 
 
 def _unknown(folder: Path, what: str) -> ConfigError:

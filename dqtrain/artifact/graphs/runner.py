@@ -1,6 +1,5 @@
 """Texts that are read and written by programs which run dqtrain's own graphs (`graphs.family`), with the keys and values of what was read."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from dqtrain.artifact.text import Text, read_prompt, require_room
+from dqtrain.artifact.text import Text, decoder, read_prompt, require_room
 from dqtrain.data.prepare import encode_sources, load_tokenizer
 from dqtrain.models.making import read_model_config
 
@@ -49,8 +48,8 @@ class GraphRunner:
         parts = [[token] for token in ids] if one_by_one else [list(ids)]
         return torch.cat([torch.from_numpy(reading.read([part])[0]) for part in parts])
 
-    def generate(self, prompt: str, tokens: int, stream: bool = False) -> str:
-        """The prompt and its greedy continuation of up to `tokens` tokens, as `load.complete` gives it; printed as it is written with `stream`.
+    def generate(self, prompt: str, tokens: int, stream: bool = False, alone: bool = False) -> str:
+        """The prompt and its greedy continuation of up to `tokens` tokens, as `load.complete` gives it; printed as it is written with `stream`, and `alone` without the prompt.
 
         Raises ConfigError for too many tokens, DataError for a chat template that refuses the prompt.
         """
@@ -67,9 +66,9 @@ class GraphRunner:
         else:
             ids, is_chat = read_prompt(tokenizer, prompt)
             require_room(self.folder, longest, tokens, len(ids))
-            num_hidden = len(ids) if is_chat else 0
+            num_hidden = len(ids) if is_chat or alone else 0
             following, ends = self.greedily(ids), search.eos_token_id if isinstance(search.eos_token_id, list) else [search.eos_token_id]
-        text = Text(functools.partial(tokenizer.decode, skip_special_tokens=True), num_hidden, stream)
+        text = Text(decoder(tokenizer), num_hidden, stream)
         return text.write(ids, following, tokens, ends.__contains__)
 
     def greedily(self, ids: Sequence[int], source: Sequence[int] | None = None, forced: int | None = None) -> Iterator[int]:
