@@ -25,7 +25,7 @@ def generate(path: Path, prompt: str, tokens: int, mode: str | None = None, stre
     too many tokens, and what loading raises.
     """
     program, model = program_of(path)
-    if mode and not (path / "artifact.json").is_file():
+    if mode and path.exists() and not (path / "artifact.json").is_file():
         raise ConfigError(f"--mode is for packed artifacts, but {program} runs {path}. Leave it out.")
     if program == "transformers":
         run = RunDir(path)
